@@ -1,0 +1,47 @@
+# `make quickstart` and `make test` set everything up themselves.
+SHELL := /bin/bash
+.ONESHELL:
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONFIG ?= configs/quickstart.yaml
+RUN ?= runs/quickstart
+OVERRIDES ?=
+
+.PHONY: help install quickstart test check mutants tensorboard clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check -q torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+install: $(VENV)/installed  ## virtual environment with pinned dependencies in .venv
+
+quickstart: $(VENV)/installed  ## prepare, train on two ranks, export, and show the model undoing
+	BIN=$(BIN) CONFIG=$(CONFIG) RUN=$(RUN) ./examples/quickstart/run.sh $(OVERRIDES)
+
+test: $(VENV)/installed  ## the tests (under 15 minutes on two cores)
+	$(BIN)/python -m pytest
+
+check: $(VENV)/installed  ## ruff, mypy and shellcheck
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/shellcheck $$(git ls-files '*.sh' '.ci/run')
+
+mutants: $(VENV)/installed  ## apply each patch of tests/mutants and see its test fail
+	$(BIN)/python tests/mutants/run.py
+
+tensorboard: $(VENV)/installed  ## the curves of all runs, at http://localhost:6006
+	$(BIN)/tensorboard --logdir runs
+
+clean:  ## remove runs and the virtual environment
+	rm -rf runs $(VENV)

@@ -1,0 +1,48 @@
+"""Export a checkpoint as a Hugging Face folder that plain transformers loads.
+
+    python launcher/export.py --run runs/quickstart --output runs/quickstart/export
+
+Takes the newest valid checkpoint of the run (every file's checksum is read first) unless --step
+names one. Exit codes: 0 done, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from nmar_ds.errors import NmarError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", required=True, type=Path, help="run folder (`output` of a config)")
+    parser.add_argument("--output", required=True, type=Path, help="folder to write")
+    parser.add_argument("--step", type=int, help="checkpoint to export (default: the newest valid)")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier export at --output"
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        from nmar_ds.training.export import export_checkpoint
+
+        print(
+            export_checkpoint(
+                arguments.run,
+                arguments.output,
+                step=arguments.step,
+                overwrite=arguments.overwrite,
+            )
+        )
+        return 0
+    except NmarError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""Generate from an exported model, and show what it took back.
+
+python launcher/generate.py --model exported/ --prompt "2 + 2 ="
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from nmar_ds.errors import ConfigError, NmarError
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description="Generate from an exported model; undone tokens are shown struck through on a "
+        "terminal and as [-text-] elsewhere.",
+    )
+    parser.add_argument(
+        "--model", type=Path, required=True, help="folder made by launcher/export.py"
+    )
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", help="taken to the letter; <UNDO> in it is ordinary text")
+    prompt.add_argument(
+        "--prompt-file", type=Path, help="UTF-8 file, taken whole, its last newline included"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    parser.add_argument("--undo", choices=["allow", "ban"], default="allow")
+    parser.add_argument(
+        "--undo-bias", type=float, default=0.0, metavar="X", help="added to the undo's logit"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy"
+    )
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus mass")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--show", choices=["raw", "reduced", "both"], default="both")
+    options = parser.parse_args(argv)
+    if options.seed < 0:
+        parser.error("--seed must not be negative")
+    return options
+
+
+def run(options: argparse.Namespace) -> None:
+    """Check the folder and the prompt, then load the model, decode and print."""
+    from nmar_ds.inference.exported import load_exported_tokenizer, load_model, read_settings
+
+    settings = read_settings(options.model)
+    tokenizer = load_exported_tokenizer(options.model, settings)
+    text = read_prompt(options)
+
+    from nmar_ds.inference.generation import generate, show
+
+    generated = generate(
+        load_model(options.model),
+        tokenizer,
+        settings,
+        text,
+        max_new_tokens=options.max_new_tokens,
+        undo_mode=options.undo,
+        undo_bias=options.undo_bias,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    show(generated, options.show)
+
+
+def read_prompt(options: argparse.Namespace) -> str:
+    """The prompt, from the command line or from a file."""
+    if options.prompt is not None:
+        return str(options.prompt)
+    try:
+        # newline="": universal newlines would change the text.
+        with options.prompt_file.open(encoding="utf-8", newline="") as file:
+            return str(file.read())
+    except OSError as error:
+        raise ConfigError(f"{options.prompt_file}: {error.strerror}, expected a file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{options.prompt_file}: {error}, expected UTF-8 text") from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run; bad input is one line on stderr."""
+    options = parse(argv)
+    try:
+        run(options)
+    except NmarError as error:
+        print(f"generate: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

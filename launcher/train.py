@@ -1,0 +1,68 @@
+"""Train a model that takes tokens back: the main job.
+
+    deepspeed --num_gpus 2 launcher/train.py --config configs/quickstart.yaml [a.b=c ...]
+
+Also started by torchrun, or by plain python as one rank. Continues from the newest valid
+checkpoint of the run folder. Exit codes: 0 done, or stopped by a signal and saved; 1 a fault of
+the run; 2 bad input or configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from nmar_ds.config import load_config
+from nmar_ds.errors import DivergenceError, IsolationError, LaunchError, NmarError
+from nmar_ds.training.ranks import complete_environment, discover_ranks
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Arguments; `deepspeed` itself inserts --local_rank, which the environment repeats."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="run configuration (YAML)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print steps, tokens, rows and waste, and stop"
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "overrides", nargs="*", metavar="a.b=c", help="values that replace the file's"
+    )
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    arguments = parse_arguments(argv)
+    ranks = None
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        ranks = discover_ranks(os.environ)
+        expected = config.training.world_size
+        if not arguments.dry_run and expected not in (None, ranks.world_size):
+            raise LaunchError(
+                f"training.world_size: {expected} ranks are asked for, {ranks.world_size} started"
+            )
+        config.accumulation_steps(ranks.world_size)
+        from nmar_ds.training.planning import plan_run
+
+        plan = plan_run(config)
+        if arguments.dry_run:
+            print("\n".join(plan.summary(config)))
+            return 0
+        complete_environment(os.environ, ranks)
+        from nmar_ds.training.run import run_training
+
+        run_training(config, plan, ranks)
+        return 0
+    except NmarError as error:
+        if ranks is None or ranks.rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1 if isinstance(error, DivergenceError | IsolationError) else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

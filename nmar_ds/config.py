@@ -1,0 +1,468 @@
+"""The run configuration: one strict YAML file per run, plus `a.b=c` overrides.
+
+Nothing here imports torch, so a misspelt key is reported before the slow imports begin. Each
+section belongs to one component, which is handed its section (or single values) and never the
+whole. DeepSpeed's own dictionary is generated from it (`deepspeed_config`): DeepSpeed accepts
+misspelt top-level keys silently, so users never write one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from nmar_ds.errors import ConfigError
+from nmar_ds.model.weighting import role_weights
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values are not coerced."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+
+class SentencePieceTraining(Section):
+    """Train a SentencePiece tokenizer on the sources' text before preparing them."""
+
+    vocab_size: PositiveInt
+    """Number of ids, `<UNDO>` and the other control symbols among them."""
+    model_type: Literal["unigram", "bpe"] = "unigram"
+    phrases: list[str] = []
+    """Fixed wording that becomes one piece wherever it occurs (unigram only)."""
+
+
+class TokenizerSection(Section):
+    """The tokenizer of model and data; `<UNDO>` is added where it has none."""
+
+    path: str
+    """A SentencePiece `.model`, a `tokenizer.json`, or a folder that holds one of them."""
+    train: SentencePieceTraining | None = None
+    """Where given, `launcher/prepare.py` trains the tokenizer and writes it to `path`."""
+
+
+class UndoSection(Section):
+    """What the undo token is and what one of it undoes (SPEC section 2)."""
+
+    token: str = "<UNDO>"
+    semantics: Literal["token", "span", "reset"] = "token"
+
+    @field_validator("semantics")
+    @classmethod
+    def _only_token(cls, value: str) -> str:
+        if value != "token":
+            raise ValueError("is not built end to end yet; use token")
+        return value
+
+
+class TraceSection(Section):
+    """How records become traces."""
+
+    builder: Literal["given", "random", "hard"] = "given"
+    """`given`: as the records say; `random`: uniform vocabulary; `hard`: plausible wrong values."""
+    per_record: PositiveInt = 1
+    """Traces made of each record, each with deviations of its own."""
+    clean_share: Fraction = 0.2
+    """Share of the traces that get no deviation (`random` and `hard`)."""
+    max_deviations: PositiveInt = 2
+    """A trace that is not clean has 1 to this many deviations, uniformly."""
+    max_deviation_length: PositiveInt = 6
+    """Tokens; lengths are drawn uniformly from 1 to this."""
+
+
+class DataSection(Section):
+    """Where the records are, and how they are packed."""
+
+    train: list[str]
+    """JSONL files of training records."""
+    heldout: list[str]
+    """JSONL files of held-out records; their traces give the held-out losses."""
+    store: str
+    """Folder for the prepared stores: `train/` and `heldout/` are written under it."""
+    sequence_length: PositiveInt
+    """Tokens per packed row."""
+    overlong: Literal["error", "drop"] = "error"
+    """A trace longer than a row stops the preparation, or is dropped and counted."""
+    traces: TraceSection = TraceSection()
+
+    @field_validator("train", "heldout")
+    @classmethod
+    def _not_empty(cls, value: list[str]) -> list[str]:
+        if not value:
+            raise ValueError("is empty, expected at least one JSONL file")
+        return value
+
+
+class ModelSection(Section):
+    """The model: a local Hugging Face folder, or a configuration to initialise at random."""
+
+    path: str | None = None
+    """Local folder with config.json and safetensors weights."""
+    config: dict[str, Any] | None = None
+    """Keys of a transformers configuration, `model_type` among them; vocab_size is filled in."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of weights and activations; the optimizer always keeps fp32 master weights."""
+    activation_checkpointing: bool = False
+    pad_vocab_to_multiple_of: PositiveInt = 1
+    """Embedding rows are rounded up to this when rows have to be added."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelSection:
+        if (self.path is None) == (self.config is None):
+            raise ValueError("needs exactly one of `path` and `config`")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("`config` lacks `model_type`, for example llama")
+        return self
+
+
+class ObjectiveSection(Section):
+    """The loss: a weight per role and an explicit denominator (SPEC section 3)."""
+
+    preset: Literal["msft", "sft", "custom"] = "msft"
+    weights: dict[str, float] | None = None
+    """Weights by role name, for `custom` only; `prompt` may be left out and weighs 0 then."""
+    denominator: Literal["common", "trained", "traces", "sum"] = "common"
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> ObjectiveSection:
+        try:
+            role_weights(self.preset, self.weights)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+
+class OptimizerSection(Section):
+    """AdamW (or plain SGD) with linear warm-up and cosine decay."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0)]
+    """At the end of the warm-up."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """On matrices only; norms and biases are exempt."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    final_learning_rate_ratio: Fraction = 0.1
+    """Cosine decay ends at this share of the peak."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Gradients are clipped to this norm; 0 switches clipping off."""
+
+    @field_validator("betas", mode="before")
+    @classmethod
+    def _pair(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("betas")
+    @classmethod
+    def _below_one(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError(f"are {list(value)}, expected 0 <= beta < 1")
+        return value
+
+
+class TrainingSection(Section):
+    """How long, and in which portions."""
+
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    steps: PositiveInt | None = None
+    """Optimizer steps; give this or `epochs`."""
+    global_batch_rows: PositiveInt
+    """Packed rows per optimizer step over all ranks: fixed, whatever the number of ranks."""
+    micro_batch_rows: PositiveInt = 1
+    """Rows per rank and forward; accumulation follows from it and the number of ranks."""
+    world_size: PositiveInt | None = None
+    """Refuse to start with another number of ranks."""
+    log_every: PositiveInt = 10
+    eval_every: PositiveInt | None = None
+    """Steps between held-out losses; they are always taken at the start and at the end."""
+    eval_rows: PositiveInt = 16
+    """Packed rows of held-out traces per evaluation."""
+    max_nonfinite_steps: PositiveInt = 3
+    """This many non-finite steps in a row stop the run."""
+    timeout_seconds: PositiveInt = 300
+    """Longest wait in a collective before a hung rank ends the run."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainingSection:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("needs exactly one of `epochs` and `steps`")
+        return self
+
+
+class CheckpointSection(Section):
+    """When checkpoints are published and how many are kept."""
+
+    every: PositiveInt | None = None
+    """Steps between checkpoints; one is always published at the end and on a stop signal."""
+    keep: Annotated[int, Field(ge=2)] = 2
+    """Older ones are deleted once this many verified ones exist."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto`: continue from the newest valid checkpoint of the run folder, or start."""
+
+
+class ZeroSection(Section):
+    """DeepSpeed ZeRO-3 knobs; the defaults are DeepSpeed's."""
+
+    overlap_comm: bool = True
+    reduce_bucket_size: PositiveInt = 500_000_000
+    prefetch_bucket_size: PositiveInt = 50_000_000
+    param_persistence_threshold: Annotated[int, Field(ge=0)] = 100_000
+    max_live_parameters: PositiveInt = 1_000_000_000
+
+
+class RunConfig(Section):
+    """Everything one run needs."""
+
+    name: str
+    """Letters, digits, `.`, `_`, `-`; names the run in TensorBoard."""
+    output: str
+    """Run folder: checkpoints, TensorBoard events, the resolved configuration."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    context: Literal["linear", "pruned"] = "linear"
+    tokenizer: TokenizerSection
+    undo: UndoSection = UndoSection()
+    data: DataSection
+    model: ModelSection
+    objective: ObjectiveSection = ObjectiveSection()
+    optimizer: OptimizerSection
+    training: TrainingSection
+    checkpoint: CheckpointSection = CheckpointSection()
+    zero: ZeroSection = ZeroSection()
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_safe(cls, value: str) -> str:
+        if re.fullmatch(NAME_PATTERN, value) is None:
+            raise ValueError(f"{value!r} is no run name, expected {NAME_PATTERN}")
+        return value
+
+    @field_validator("context")
+    @classmethod
+    def _only_linear(cls, value: str) -> str:
+        if value != "linear":
+            raise ValueError("is not built end to end yet; use linear")
+        return value
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches per rank and optimizer step.
+
+        Raises:
+            ConfigError: the global batch does not divide among the ranks.
+        """
+        rows = self.training.micro_batch_rows * world_size
+        if self.training.global_batch_rows % rows != 0:
+            raise ConfigError(
+                f"training.global_batch_rows: {self.training.global_batch_rows} rows do not divide "
+                f"among {world_size} ranks x {self.training.micro_batch_rows} micro_batch_rows, "
+                f"expected a multiple of {rows}"
+            )
+        return self.training.global_batch_rows // rows
+
+
+def deepspeed_config(config: RunConfig, *, world_size: int) -> dict[str, Any]:
+    """The dictionary handed to DeepSpeed, with every default that matters spelt out.
+
+    Clipping is explicit because DeepSpeed clips at 1.0 when the key is absent (its PR #8068).
+    Gradients are reduced and accumulated in fp32 whatever the model's dtype.
+    """
+    bf16 = config.model.dtype == "bfloat16"
+    return {
+        "train_micro_batch_size_per_gpu": config.training.micro_batch_rows,
+        "gradient_accumulation_steps": config.accumulation_steps(world_size),
+        "gradient_clipping": config.optimizer.max_grad_norm,
+        "bf16": {"enabled": bf16},
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": config.optimizer.name == "sgd",
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": config.zero.overlap_comm,
+            "contiguous_gradients": True,
+            "reduce_bucket_size": config.zero.reduce_bucket_size,
+            "stage3_prefetch_bucket_size": config.zero.prefetch_bucket_size,
+            "stage3_param_persistence_threshold": config.zero.param_persistence_threshold,
+            "stage3_max_live_parameters": config.zero.max_live_parameters,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+    }
+
+
+# -- reading ---------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without its traps: `1e-3` is a number, `010` is not 8, a key given twice is an error."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, regexp)
+        for tag, regexp in resolvers
+        if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int",
+    re.compile(r"^[-+]?(0|[1-9][\d_]*|0x[\da-fA-F]+)$"),
+    list("-+0123456789"),
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+
+
+def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    mapping: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        mark = key_node.start_mark
+        if isinstance(key, list | dict):
+            what = type(key).__name__
+            raise ConfigError(f"{mark.name}:{mark.line + 1}: a {what} cannot be a key")
+        if key in mapping:
+            raise ConfigError(f"{mark.name}:{mark.line + 1}: {key}: given twice, expected once")
+        mapping[key] = loader.construct_object(value_node, deep=True)
+    return mapping
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
+
+
+def nearest(name: str, known: Any) -> str:
+    """`"; did you mean 'x'?"` for the closest known name, or the list of all of them."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; expected one of {', '.join(sorted(known))}"
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    """Returns the mapping, and the 1-based line of every key by its path."""
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder, expected a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: byte {error.start} is not UTF-8") from None
+    try:
+        loader = _Loader(text)
+        loader.name = str(path)
+        node = loader.get_single_node()
+        data = {} if node is None else loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 0
+        raise ConfigError(f"{path}:{line}: not YAML: {error.problem}") from None
+    except yaml.reader.ReaderError as error:
+        raise ConfigError(f"{path}: not YAML: {error.reason} (#x{error.character:04x})") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # Of a value: month 13, a number of 5,000 digits, brackets a thousand deep.
+        raise ConfigError(f"{path}: not YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}:1: is a {type(data).__name__}, expected a mapping")
+    lines: dict[tuple[str, ...], int] = {}
+
+    def visit(at: yaml.Node | None, prefix: tuple[str, ...]) -> None:
+        if isinstance(at, yaml.MappingNode):
+            for key_node, value_node in at.value:
+                place = (*prefix, str(key_node.value))
+                lines[place] = key_node.start_mark.line + 1
+                visit(value_node, place)
+
+    visit(node, ())
+    return data, lines
+
+
+def _apply_override(data: dict[str, Any], text: str) -> tuple[str, ...]:
+    key, separator, value = text.partition("=")
+    parts = tuple(key.split("."))
+    if not separator or not all(parts):
+        raise ConfigError(f"override {text!r}: expected key.subkey=value")
+    try:
+        loader = _Loader(value)
+        loader.name = f"override {key}"
+        parsed = loader.get_single_data()
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise ConfigError(f"override {text!r}: the value is not YAML") from None
+    at = data
+    for position, part in enumerate(parts[:-1]):
+        if not isinstance(at.get(part), dict):
+            if at.get(part) is not None:
+                place = ".".join(parts[: position + 1])
+                raise ConfigError(f"override {text!r}: {place} is a value, not a section")
+            at[part] = {}
+        at = at[part]
+    at[parts[-1]] = parsed
+    return parts
+
+
+def _known_keys(place: tuple[Any, ...]) -> list[str]:
+    """Field names of the section that holds `place`."""
+    section: Any = RunConfig
+    for part in place[:-1]:
+        field = section.model_fields.get(part) if hasattr(section, "model_fields") else None
+        if field is None:
+            return []
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        section = next((c for c in candidates if hasattr(c, "model_fields")), None)
+    return list(section.model_fields) if section is not None else []
+
+
+def _describe(error: Any, source: str, lines: dict[tuple[str, ...], int], overridden: set[str]) -> str:
+    place = tuple(str(part) for part in error["loc"] if not isinstance(part, int))
+    dotted = ".".join(str(part) for part in error["loc"])
+    where = source
+    if any(".".join(place[:depth]) in overridden for depth in range(1, len(place) + 1)):
+        where = "override"
+    else:
+        for depth in range(len(place), 0, -1):
+            if place[:depth] in lines:
+                where = f"{source}:{lines[place[:depth]]}"
+                break
+    if error["type"] == "extra_forbidden":
+        return f"{where}: {dotted}: unknown key{nearest(place[-1], _known_keys(place))}"
+    if error["type"] == "missing":
+        return f"{where}: {dotted}: is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    value = error["input"]
+    shown = f" (is {value!r})" if not isinstance(value, dict | list) else ""
+    return f"{where}: {dotted}: {message}{shown}" if dotted else f"{where}: {message}"
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read and check a run configuration.
+
+    Args:
+        path: YAML file.
+        overrides: `a.b=c` texts; values are YAML and replace what the file says.
+
+    Raises:
+        ConfigError: one line per fault: file, line, key, value, nearest valid key.
+    """
+    path = Path(path)
+    data, lines = _read_yaml(path)
+    overridden = {".".join(_apply_override(data, text)) for text in overrides or []}
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        faults = [_describe(e, str(path), lines, overridden) for e in error.errors()]
+        raise ConfigError("\n".join(faults)) from None

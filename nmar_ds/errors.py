@@ -1,0 +1,67 @@
+"""Errors a user can act on.
+
+Every one of them prints as one line that names the place and what was expected there; the
+launchers turn them into exit code 2 (bad input) without a traceback.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class NmarError(Exception):
+    """Base of every error caused by input, configuration or the machine, not by a bug."""
+
+
+class ConfigError(NmarError):
+    """A configuration file or override that cannot be used; names the key and the value."""
+
+
+class TraceError(NmarError):
+    """A record or trace that breaks a rule of SPEC section 2.
+
+    Args:
+        path: file the record came from.
+        line: 1-based line in it, or None where the fault is the whole file's.
+        field: the field at fault, in dotted form (`segments[2].role`).
+        problem: what was found.
+        expected: what would have been right, without the word "expected".
+    """
+
+    def __init__(
+        self, path: str | Path, line: int | None, field: str, problem: str, expected: str
+    ) -> None:
+        self.path = str(path)
+        self.line = line
+        self.field = field
+        self.problem = problem
+        self.expected = expected
+        place = self.path if line is None else f"{self.path}:{line}"
+        super().__init__(f"{place}: {field}: {problem}, expected {expected}")
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self.path, self.line, self.field, self.problem, self.expected)
+
+
+class VocabularyError(NmarError):
+    """Tokenizer, embedding rows and stored ids that do not fit each other."""
+
+
+class StoreError(NmarError):
+    """A trace store that is missing, damaged or of another version."""
+
+
+class CheckpointError(NmarError):
+    """A checkpoint that is missing, damaged, or belongs to another run."""
+
+
+class LaunchError(NmarError):
+    """Ranks that were started with missing or contradictory settings."""
+
+
+class IsolationError(NmarError):
+    """The start-up canary saw packed traces influence each other, or a wrong loss."""
+
+
+class DivergenceError(NmarError):
+    """Training stopped because losses or gradients stayed non-finite."""

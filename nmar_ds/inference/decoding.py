@@ -1,0 +1,329 @@
+"""The stack decoder: batched greedy or sampled decoding with undo carried out on ids (SPEC 7).
+
+Under `context: linear` every emitted token, undone or not and the undos too, stays in the key-value
+cache, exactly as in training: the model sees its mistake and its retraction. So nothing is ever
+rolled back while decoding; the stack machine of `traces.reduction` runs once over the finished
+response, with its base at the end of the prompt (an undo there is a counted no-op). Text is made
+by the caller, once, from the reduced ids.
+
+Ragged prompts are padded on the left, with an attention mask and explicit position ids that start
+at 0 on a row's first real token, so a sequence is decoded as if it were alone. Cost: padding, which
+sorting by length keeps small, and one `index_select` of the cache each time a quarter of the batch
+has finished.
+"""
+
+# B sequences in a batch, T padded prompt length, N tokens emitted at most, V vocabulary
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import DynamicCache
+
+from nmar_ds.errors import ConfigError, VocabularyError
+from nmar_ds.inference.sampling import sample, uniform_draws
+from nmar_ds.traces.reduction import reduce, strays
+from nmar_ds.traces.schema import IdArray
+
+UndoMode = Literal["allow", "ban"]
+StopReason = Literal["eos", "length"]
+
+COMPACT_SHARE = 0.25  # finished share of a batch at which the finished rows are dropped
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoded:
+    """One finished response.
+
+    Attributes:
+        raw_ids: int32[num_forced + emitted] the whole response as it stands in the cache: forced
+            ids, then every emitted token, undone tokens, undos and the stop token among them.
+        num_forced: how many leading ids of `raw_ids` were given, not emitted.
+        reduced_ids: int32[R] what is left after the undos; ends with the stop token if one came.
+        num_undos: undos the model emitted.
+        num_strays: undos (forced ones too) that found the stack at its base.
+        undo_limited: an undo limit was reached, and `<UNDO>` was banned from there on.
+        stop_reason: "eos", or "length" when `max_new_tokens` were emitted without a stop token.
+    """
+
+    raw_ids: IdArray
+    num_forced: int
+    reduced_ids: IdArray
+    num_undos: int
+    num_strays: int
+    undo_limited: bool
+    stop_reason: StopReason
+
+    @property
+    def emitted_ids(self) -> IdArray:
+        """int32[emitted] what the model itself wrote."""
+        return self.raw_ids[self.num_forced :]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rules:
+    """The settings a batch is decoded under; see `decode`."""
+
+    undo_id: int
+    eos_id: int
+    pad_id: int
+    max_new_tokens: int
+    max_undos: int
+    max_consecutive_undos: int
+    undo_bias: float
+    temperature: float
+    top_p: float
+    seed: int
+
+
+def decode(
+    model: Any,
+    prompts: Sequence[IdArray],
+    *,
+    undo_id: int,
+    eos_id: int,
+    pad_id: int | None,
+    max_new_tokens: int,
+    max_undos: int = 256,
+    max_consecutive_undos: int = 64,
+    undo_mode: UndoMode = "allow",
+    undo_bias: float = 0.0,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    forced: Sequence[IdArray] | None = None,
+    batch_size: int = 128,
+    semantics: str = "token",
+    boundary_ids: Collection[int] = (),
+) -> list[Decoded]:
+    """Decode every prompt; a result does not depend on its neighbours in the batch.
+
+    Args:
+        model: a causal language model of transformers, in evaluation mode.
+        prompts: int arrays, at least one id each (BOS included where the model was trained so).
+        undo_id: id of `<UNDO>`.
+        eos_id: the stop token; emitting it ends a sequence.
+        pad_id: fills masked positions; any valid id does (None: the stop token).
+        max_new_tokens: tokens emitted at most, undos and undone tokens included.
+        max_undos: undos emitted per sequence, after which `<UNDO>` is banned for it.
+        max_consecutive_undos: the same for undos in a row; not below the longest deviation.
+        undo_mode: "ban" makes `<UNDO>` impossible.
+        undo_bias: added to the logit of `<UNDO>` (large values force it, up to the limits).
+        temperature: 0 is greedy, otherwise logits are divided by it and sampled.
+        top_p: nucleus: the smallest set of likeliest tokens with at least this mass.
+        seed: with the index of a sequence it fixes the draws of that sequence.
+        forced: int arrays, appended to the prompts as response already written (a prefix, a
+            deviation). The base stays at the end of the prompt, so these can be undone.
+        batch_size: sequences decoded side by side.
+        semantics: `undo.semantics` of the model (SPEC 2).
+        boundary_ids: as for `reduction.reduce`, under semantics `span`.
+
+    Returns:
+        One `Decoded` per prompt, in the order of `prompts`.
+
+    Raises:
+        ConfigError: a setting out of range, or prompt and new tokens that exceed the positions
+            the model was built for.
+        VocabularyError: an id beyond the model's vocabulary.
+    """
+    rules = _Rules(
+        undo_id=undo_id,
+        eos_id=eos_id,
+        pad_id=eos_id if pad_id is None else pad_id,
+        max_new_tokens=max_new_tokens,
+        # A limit of no undos is a ban from the first step, so "ban" needs no path of its own.
+        max_undos=0 if undo_mode == "ban" else max_undos,
+        max_consecutive_undos=max_consecutive_undos,
+        undo_bias=undo_bias,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
+    starts = [np.empty(0, np.int32)] * len(prompts) if forced is None else list(forced)
+    assert len(starts) == len(prompts), "one forced array per prompt"
+    contexts = [
+        np.concatenate([prompt, start]).astype(np.int64)
+        for prompt, start in zip(prompts, starts, strict=True)
+    ]
+    _check(model, contexts, rules, batch_size, undo_mode)
+    order = sorted(range(len(contexts)), key=lambda index: -len(contexts[index]))
+    results: list[Decoded | None] = [None] * len(contexts)
+    for first in range(0, len(order), batch_size):
+        chosen = order[first : first + batch_size]
+        batch = _Batch(model, [contexts[index] for index in chosen], chosen, rules)
+        for index, (emitted, num_undos, limited) in zip(chosen, batch.run(), strict=True):
+            raw = np.concatenate([starts[index], emitted]).astype(np.int32)
+            stopped = len(emitted) > 0 and int(emitted[-1]) == eos_id
+            machine: dict[str, Any] = {
+                "undo_id": undo_id,
+                "semantics": semantics,
+                "boundary_ids": boundary_ids,
+            }
+            results[index] = Decoded(
+                raw_ids=raw,
+                num_forced=len(starts[index]),
+                reduced_ids=reduce(raw, **machine),
+                num_undos=num_undos,
+                num_strays=strays(raw, **machine),
+                undo_limited=limited and undo_mode != "ban",
+                stop_reason="eos" if stopped else "length",
+            )
+    return [result for result in results if result is not None]
+
+
+class _Batch:
+    """The state of one batch; rows that have finished are dropped now and then."""
+
+    def __init__(
+        self, model: Any, contexts: list[npt.NDArray[np.int64]], indices: list[int], rules: _Rules
+    ) -> None:
+        self.model = model
+        self.rules = rules
+        num_rows, longest = len(contexts), max(len(context) for context in contexts)
+        device = next(model.parameters()).device
+        ids_BT = np.full((num_rows, longest), rules.pad_id, np.int64)
+        mask_BT = np.zeros((num_rows, longest), np.int64)
+        for row, context in enumerate(contexts):
+            ids_BT[row, longest - len(context) :] = context
+            mask_BT[row, longest - len(context) :] = 1
+        self.input_BT = torch.from_numpy(ids_BT).to(device)
+        self.mask_BT = torch.from_numpy(mask_BT).to(device)
+        # Padding gets position 0; the mask hides it, the number must only be valid.
+        self.position_BT = (self.mask_BT.cumsum(dim=1) - 1).clamp(min=0)
+        self.cache = DynamicCache(config=model.config)
+        self.rows_B = torch.arange(num_rows, device=device)  # row of each sequence in the outputs
+        self.num_undos_B = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self.run_B = torch.zeros_like(self.num_undos_B)
+        self.banned_B = torch.full_like(self.num_undos_B, rules.max_undos <= 0, dtype=torch.bool)
+        self.done_B = torch.zeros_like(self.banned_B)
+        self.draws_BN: torch.Tensor | None = None
+        if rules.temperature > 0:
+            draws = uniform_draws(rules.seed, indices, rules.max_new_tokens)
+            self.draws_BN = torch.from_numpy(draws).to(device)
+        self.emitted_BN = torch.full(
+            (num_rows, rules.max_new_tokens), -1, dtype=torch.int64, device=device
+        )
+        self.undos_out_B = torch.zeros_like(self.num_undos_B)
+        self.limited_out_B = torch.zeros_like(self.banned_B)
+
+    @torch.inference_mode()
+    def run(self) -> list[tuple[npt.NDArray[np.int64], int, bool]]:
+        """Decode to the end; per row: emitted ids, number of undos, whether a limit was hit."""
+        for step in range(self.rules.max_new_tokens):
+            logits_BV = self._forward()
+            tokens_B = self._choose(logits_BV, step)
+            self._account(tokens_B, step)
+            num_done = int(self.done_B.sum())
+            if num_done == len(self.done_B):
+                break
+            if num_done >= COMPACT_SHARE * len(self.done_B):
+                self._compact(~self.done_B)
+        self._retire()
+        emitted_BN = self.emitted_BN.cpu().numpy()
+        undos, limited = self.undos_out_B.tolist(), self.limited_out_B.tolist()
+        return [
+            (row[row >= 0], num, hit)
+            for row, num, hit in zip(emitted_BN, undos, limited, strict=True)
+        ]
+
+    def _forward(self) -> torch.Tensor:
+        """float32[B, V] logits of the next token, with the undo rules applied."""
+        output = self.model(
+            input_ids=self.input_BT,
+            attention_mask=self.mask_BT,
+            position_ids=self.position_BT,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits_BV: torch.Tensor = output.logits[:, -1].float()
+        undo_id = self.rules.undo_id
+        logits_BV[:, undo_id] += self.rules.undo_bias
+        logits_BV[:, undo_id] = logits_BV[:, undo_id].masked_fill(self.banned_B, -math.inf)
+        return logits_BV
+
+    def _choose(self, logits_BV: torch.Tensor, step: int) -> torch.Tensor:
+        """int64[B] the next token of each row."""
+        if self.draws_BN is None:
+            return logits_BV.argmax(dim=1)
+        rules = self.rules
+        draws_B = self.draws_BN[:, step]
+        return sample(logits_BV, draws_B, temperature=rules.temperature, top_p=rules.top_p)
+
+    def _account(self, tokens_B: torch.Tensor, step: int) -> None:
+        """Record the tokens, keep the undo counts, and prepare the next forward."""
+        rules = self.rules
+        alive_B = ~self.done_B
+        self.emitted_BN[self.rows_B[alive_B], step] = tokens_B[alive_B]
+        undone_B = (tokens_B == rules.undo_id) & alive_B
+        self.num_undos_B += undone_B
+        self.run_B = torch.where(undone_B, self.run_B + 1, 0)
+        self.banned_B |= self.num_undos_B >= rules.max_undos
+        self.banned_B |= self.run_B >= rules.max_consecutive_undos
+        self.done_B |= tokens_B == rules.eos_id
+        self.input_BT = tokens_B[:, None]
+        self.position_BT = self.position_BT[:, -1:] + 1
+        self.mask_BT = torch.cat([self.mask_BT, torch.ones_like(self.mask_BT[:, :1])], dim=1)
+
+    def _retire(self) -> None:
+        """Copy the counts of the rows at hand to where they outlive the batch."""
+        self.undos_out_B[self.rows_B] = self.num_undos_B
+        self.limited_out_B[self.rows_B] = self.banned_B
+
+    def _compact(self, keep_B: torch.Tensor) -> None:
+        """Drop all rows but those of `keep_B`, from the cache too."""
+        self._retire()
+        kept = keep_B.nonzero()[:, 0]
+        self.cache.batch_select_indices(kept)
+        for name in ("input_BT", "mask_BT", "position_BT", "rows_B", "num_undos_B", "run_B"):
+            setattr(self, name, getattr(self, name)[kept])
+        self.banned_B, self.done_B = self.banned_B[kept], self.done_B[kept]
+        if self.draws_BN is not None:
+            self.draws_BN = self.draws_BN[kept]
+
+
+def _check(
+    model: Any,
+    contexts: list[npt.NDArray[np.int64]],
+    rules: _Rules,
+    batch_size: int,
+    undo_mode: str,
+) -> None:
+    """Refuse settings that cannot mean what the user wants, before the first forward."""
+    wrong = [
+        ("max_new_tokens", rules.max_new_tokens, "at least 1", rules.max_new_tokens < 1),
+        ("batch_size", batch_size, "at least 1", batch_size < 1),
+        ("temperature", rules.temperature, "0 or more", not rules.temperature >= 0),
+        ("top_p", rules.top_p, "in (0, 1]", not 0 < rules.top_p <= 1),
+        ("undo_mode", undo_mode, "'allow' or 'ban'", undo_mode not in ("allow", "ban")),
+        ("undo_bias", rules.undo_bias, "a finite number", not math.isfinite(rules.undo_bias)),
+        ("max_consecutive_undos", rules.max_consecutive_undos, "at least 1",
+         rules.max_consecutive_undos < 1),
+    ]  # fmt: skip
+    for name, value, expected, bad in wrong:
+        if bad:
+            raise ConfigError(f"decoding: {name}: {value!r}, expected {expected}")
+    num_known = model.get_input_embeddings().weight.shape[0]
+    num_positions = getattr(model.config, "max_position_embeddings", None)
+    highest = max([rules.undo_id, rules.eos_id, rules.pad_id])
+    for context in contexts:
+        if len(context) == 0:
+            raise ConfigError("decoding: prompt: no token, expected at least one")
+        highest = max(highest, int(context.max()))
+        needed = len(context) + rules.max_new_tokens
+        if num_positions is not None and needed > num_positions:
+            raise ConfigError(
+                f"decoding: max_new_tokens: {len(context)} prompt tokens and "
+                f"{rules.max_new_tokens} new ones make {needed}, expected at most the model's "
+                f"{num_positions} positions"
+            )
+    if highest >= num_known:
+        raise VocabularyError(
+            f"decoding: id {highest}: beyond the model's vocabulary, expected less than {num_known}"
+        )

@@ -1,0 +1,289 @@
+"""One model examined on held-out problems and on forced deviations (SPEC 7).
+
+Per family there are three greedy passes. *Free*: the prompt alone. *Banned*: the same with the
+undo made impossible; only problems whose free response holds an undo are decoded again, since
+greedy decoding is the same without it up to the first undo. *Forced*: a clean prefix and a
+plausible wrong value are given, and the model goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from nmar_ds.inference import metrics
+from nmar_ds.inference.decoding import Decoded, decode
+from nmar_ds.inference.exported import ExportSettings
+from nmar_ds.inference.metrics import Rate
+from nmar_ds.inference.probes import Probe, Problem, make_probes, select
+from nmar_ds.inference.rendering import response_text, without_undos
+from nmar_ds.inference.scoring import UndoScores, score_undo
+from nmar_ds.traces.encoding import Tokenizer
+from nmar_ds.traces.reduction import num_undos, survivors
+from nmar_ds.traces.schema import IdArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """A decode worth showing: free if nothing was forced. `right` is the verdict on it."""
+
+    problem: Problem
+    decoded: Decoded
+    right: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FamilyResult:
+    """The measures of one family (rates as `metrics.Rate`, the rest plain) and some decodes."""
+
+    measures: dict[str, Rate | float | int | None]
+    free: list[Sample]
+    forced: list[Sample]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Examination:
+    """How to examine; see `evaluate`."""
+
+    num_problems: int = 200
+    seed: int = 0
+    max_length: int = 6
+    batch_size: int = 128
+    max_new_tokens: int | None = None
+    allow_fewer: bool = False
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Tokenizer,
+    settings: ExportSettings,
+    families: Mapping[str, list[Problem]],
+    examination: Examination,
+) -> dict[str, FamilyResult]:
+    """Examine a model family by family.
+
+    Args:
+        model: as loaded by `exported.load_model`.
+        tokenizer: of the model.
+        settings: ids and semantics of the model.
+        families: held-out problems by family, from `probes.load_problems`.
+        examination: `num_problems` per family drawn with `seed`; deviations of 1 to `max_length`
+            tokens; `max_new_tokens` None allows twice the longest reference and some more.
+
+    Raises:
+        ConfigError: fewer held-out problems than asked for, without `allow_fewer`.
+    """
+    chosen = select(
+        families,
+        num_problems=examination.num_problems,
+        seed=examination.seed,
+        allow_fewer=examination.allow_fewer,
+    )
+    return {
+        name: _Family(model, tokenizer, settings, problems, examination).run(name, families[name])
+        for name, problems in chosen.items()
+    }
+
+
+class _Family:
+    """The examination of one family."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Tokenizer,
+        settings: ExportSettings,
+        problems: list[Problem],
+        examination: Examination,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.problems = problems
+        self.examination = examination
+        self.undo_id = settings.undo_id
+        self.semantics = settings.semantics
+        longest = max(len(problem.reference_ids) for problem in problems)
+        self.decode = partial(
+            decode,
+            model,
+            undo_id=settings.undo_id,
+            eos_id=settings.eos_id,
+            pad_id=settings.pad_id,
+            max_new_tokens=examination.max_new_tokens or 2 * longest + 4 * examination.max_length,
+            batch_size=examination.batch_size,
+            semantics=settings.semantics,
+        )
+
+    def run(self, name: str, family: Sequence[Problem]) -> FamilyResult:
+        """Decode free, banned and forced, and measure."""
+        exam = self.examination
+        free = self.decode([problem.prompt_ids for problem in self.problems])
+        again = [index for index, decoded in enumerate(free) if decoded.num_undos > 0]
+        banned = list(free)
+        redone = self.decode([self.problems[i].prompt_ids for i in again], undo_mode="ban")
+        for index, decoded in zip(again, redone, strict=True):
+            banned[index] = decoded
+        probes = make_probes(
+            self.problems,
+            family,
+            self.tokenizer,
+            name=name,
+            seed=exam.seed,
+            max_length=exam.max_length,
+        )
+        forced = self.decode(
+            [probe.problem.prompt_ids for probe in probes],
+            forced=[probe.forced_ids for probe in probes],
+        )
+        measures = self._measure_free(free, banned) | self._measure_forced(probes, forced)
+        measures |= self._measure_scores(probes)
+        return FamilyResult(
+            measures=measures,
+            free=[self._sample(*pair) for pair in zip(self.problems, free, strict=True)],
+            forced=[
+                self._sample(probe.problem, d) for probe, d in zip(probes, forced, strict=True)
+            ],
+        )
+
+    def _sample(self, problem: Problem, decoded: Decoded) -> Sample:
+        return Sample(problem=problem, decoded=decoded, right=self._right(problem, decoded))
+
+    def _right(self, problem: Problem, decoded: Decoded, ids: IdArray | None = None) -> bool:
+        """Whether a response is right; `ids` stands in for the reduced ones (the raw reading)."""
+        text = self._text(problem, decoded.reduced_ids if ids is None else ids)
+        return metrics.answered(
+            text,
+            stopped=decoded.stop_reason == "eos",
+            reference=problem.reference,
+            answer=problem.answer,
+        )
+
+    def _text(self, problem: Problem, ids: IdArray) -> str:
+        return response_text(self.tokenizer, problem.prompt_ids, ids)
+
+    def _measure_free(
+        self, free: list[Decoded], banned: list[Decoded]
+    ) -> dict[str, Rate | float | int | None]:
+        pairs = list(zip(self.problems, free, strict=True))
+        reduced = [self._right(problem, decoded) for problem, decoded in pairs]
+        without = [self._right(*pair) for pair in zip(self.problems, banned, strict=True)]
+        gained, lost = metrics.transitions(without, reduced)
+        pops = [
+            metrics.judge_pops(
+                d.raw_ids, p.reference_ids, undo_id=self.undo_id, semantics=self.semantics
+            )
+            for p, d in pairs
+        ]
+        popped_wrong = sum(pop.popped_wrong for pop in pops)
+        popped = popped_wrong + sum(pop.popped_right for pop in pops)
+        return {
+            "n": len(free),
+            "raw": Rate.over(
+                self._right(p, d, without_undos(d.raw_ids, self.undo_id)) for p, d in pairs
+            ),
+            "reduced": Rate.over(reduced),
+            "banned": Rate.over(without),
+            "exact": Rate.over(
+                d.stop_reason == "eos" and self._text(p, d.reduced_ids) == p.reference
+                for p, d in pairs
+            ),
+            "wrong_to_right": gained,
+            "right_to_wrong": lost,
+            "with_undo": Rate.over(d.num_undos > 0 for d in free),
+            "false_undo": Rate.over(pop.popped_right > 0 for pop in pops),
+            "undo_precision": Rate(popped_wrong, popped),
+            "undo_recall": Rate(popped_wrong, sum(pop.num_wrong for pop in pops)),
+            "stray_undo": Rate.over(d.num_strays > 0 for d in free),
+            "undo_limited": Rate.over(d.undo_limited for d in free),
+            "loop": Rate.over(d.undo_limited or self._revisits(d) for d in free),
+            "unfinished": Rate.over(d.stop_reason == "length" for d in free),
+            "overhead": metrics.overhead([d.raw_ids for d in free], [d.reduced_ids for d in free]),
+        }
+
+    def _revisits(self, decoded: Decoded) -> bool:
+        machine: dict[str, Any] = {"undo_id": self.undo_id, "semantics": self.semantics}
+        return metrics.num_revisits(decoded.raw_ids, **machine) > 0
+
+    def _measure_forced(
+        self, probes: list[Probe], forced: list[Decoded]
+    ) -> dict[str, Rate | float | int | None]:
+        pairs = list(zip(probes, forced, strict=True))
+        machine: dict[str, Any] = {"undo_id": self.undo_id, "semantics": self.semantics}
+        recoveries = [
+            metrics.judge_recovery(
+                decoded.emitted_ids,
+                probe.deviation_ids,
+                num_expected=num_undos(probe.deviation_ids, semantics=self.semantics),
+                undo_id=self.undo_id,
+            )
+            for probe, decoded in pairs
+        ]
+        pops = [
+            metrics.judge_pops(d.raw_ids, probe.problem.reference_ids, **machine)
+            for probe, d in pairs
+        ]
+        popped_wrong = sum(pop.popped_wrong for pop in pops)
+        # Judged from the first wrong token: a deviation must be gone as well as the answer right,
+        # or an answer that survives a wrong step would count as a correction.
+        gone = [not survivors(d.raw_ids, **machine)[probe.cut] for probe, d in pairs]
+        latencies = [metrics.detection_latency(d.raw_ids, p.cut, self.undo_id) for p, d in pairs]
+        noticed = [latency for latency in latencies if latency is not None]
+        # Ids of the forced span are counted in the latency, so the quickest is the span's length.
+        delays = [
+            latency - len(probe.deviation_ids)
+            for probe, latency in zip(probes, latencies, strict=True)
+            if latency is not None
+        ]
+        return {
+            "num_probes": len(probes),
+            "undone": Rate.over(recovery.undone for recovery in recoveries),
+            "exact_k": Rate.over(recovery.exact for recovery in recoveries),
+            "over_undo": Rate.over(recovery.over for recovery in recoveries),
+            "corrected": Rate.over(
+                left and self._right(probe.problem, decoded)
+                for left, (probe, decoded) in zip(gone, pairs, strict=True)
+            ),
+            "parrot": Rate.over(r.parroted for r in recoveries if r.parroted is not None),
+            "forced_undo_precision": Rate(
+                popped_wrong, popped_wrong + sum(pop.popped_right for pop in pops)
+            ),
+            "forced_undo_recall": Rate(popped_wrong, sum(pop.num_wrong for pop in pops)),
+            "noticed": Rate(len(noticed), len(probes)),
+            "mean_latency": float(np.mean(noticed)) if noticed else None,
+            "mean_delay": float(np.mean(delays)) if delays else None,
+        }
+
+    def _measure_scores(self, probes: list[Probe]) -> dict[str, Rate | float | int | None]:
+        """Undo after clean prefixes (every one of each reference), and after each deviation."""
+        scores = partial(score_undo, self.model, undo_id=self.undo_id)
+        starts = [len(problem.prompt_ids) - 1 for problem in self.problems]
+        clean = scores(
+            [np.concatenate([p.prompt_ids, p.reference_ids[:-1]]) for p in self.problems]
+        )
+        wrong = scores([np.concatenate([p.problem.prompt_ids, p.forced_ids]) for p in probes])
+        tops = np.concatenate(
+            [score.is_top[start:] for score, start in zip(clean, starts, strict=True)]
+        )
+        return {
+            "false_undo_prefix": Rate(int(tops.sum()), len(tops)),
+            "undo_auroc": self._auroc(probes, clean, wrong),
+        }
+
+    def _auroc(
+        self, probes: list[Probe], clean: list[UndoScores], wrong: list[UndoScores]
+    ) -> float | None:
+        """p(UNDO) right after a deviation against p(UNDO) at the place where it began."""
+        by_line = {(p.path, p.line): score for p, score in zip(self.problems, clean, strict=True)}
+        negatives = [
+            float(
+                by_line[probe.problem.path, probe.problem.line].probability[
+                    len(probe.problem.prompt_ids) - 1 + probe.cut
+                ]
+            )
+            for probe in probes
+        ]
+        return metrics.auroc([float(score.probability[-1]) for score in wrong], negatives)

@@ -1,0 +1,133 @@
+"""The exported model folder: reading `nmar.json`, then tokenizer and model.
+
+`launcher/export.py` writes it: a plain Hugging Face folder plus `nmar.json` (what the undo token
+means to this model) and `nmar_tokenizer/` (the tokenizer as it was trained with). The settings
+are checked before torch is imported, so that a wrong folder is refused at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nmar_ds.errors import ConfigError, VocabularyError
+from nmar_ds.traces.encoding import Tokenizer, load_tokenizer
+
+FORMAT_VERSION = 1
+SETTINGS_NAME = "nmar.json"
+TOKENIZER_FOLDER = "nmar_tokenizer"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportSettings:
+    """What a decoder must know of a model; the fields of `nmar.json`.
+
+    Attributes:
+        undo_id: id of the undo token; `undo_token` is its text.
+        semantics: `undo.semantics`; the decoder knows `token`.
+        context: what the model was trained to see; the decoder knows `linear`.
+        eos_id: stop token. bos_id, pad_id: None where the model has none.
+        tokenizer_fingerprint: of the tokenizer the model was trained with.
+    """
+
+    undo_id: int
+    undo_token: str
+    semantics: str
+    context: str
+    eos_id: int
+    bos_id: int | None
+    pad_id: int | None
+    tokenizer_fingerprint: str
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "undo_id": (_is_id, "a token id"),
+    "undo_token": (_is_text, "a string"),
+    "semantics": (lambda value: value == "token", "'token', the only one decoding is built for"),
+    "context": (lambda value: value == "linear", "'linear', the only one decoding is built for"),
+    "eos_id": (_is_id, "a token id"),
+    "bos_id": (lambda value: value is None or _is_id(value), "a token id or null"),
+    "pad_id": (lambda value: value is None or _is_id(value), "a token id or null"),
+    "tokenizer_fingerprint": (_is_text, "a string"),
+}
+
+
+def read_settings(folder: Path) -> ExportSettings:
+    """Read and check `nmar.json`; imports no torch.
+
+    Raises:
+        ConfigError: not an exported folder, or one that this version cannot decode.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: --model: no such folder, expected one made by export.py")
+    path = folder / SETTINGS_NAME
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path}: missing, expected a folder made by launcher/export.py"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: unreadable ({error}), expected a JSON object") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: {type(values).__name__}, expected a JSON object")
+    version = values.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ConfigError(f"{path}: format_version: {version!r}, expected {FORMAT_VERSION}")
+    for name, (fits, expected) in _FIELDS.items():
+        if name not in values:
+            raise ConfigError(f"{path}: {name}: missing, expected {expected}")
+        if not fits(values[name]):
+            raise ConfigError(f"{path}: {name}: {values[name]!r}, expected {expected}")
+    return ExportSettings(**{name: values[name] for name in _FIELDS})
+
+
+def load_exported_tokenizer(folder: Path, settings: ExportSettings) -> Tokenizer:
+    """Load the tokenizer of an exported folder and check that it is the one trained with.
+
+    Raises:
+        VocabularyError: it is missing or another one.
+    """
+    tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER, undo_token=settings.undo_token)
+    if tokenizer.fingerprint != settings.tokenizer_fingerprint:
+        raise VocabularyError(
+            f"{folder / TOKENIZER_FOLDER}: fingerprint {tokenizer.fingerprint[:12]}, expected "
+            f"{settings.tokenizer_fingerprint[:12]} as in {SETTINGS_NAME}"
+        )
+    if tokenizer.undo_id != settings.undo_id:
+        raise VocabularyError(
+            f"{folder / SETTINGS_NAME}: undo_id: {settings.undo_id}, expected "
+            f"{tokenizer.undo_id} as in the tokenizer"
+        )
+    return tokenizer
+
+
+def load_model(folder: Path) -> Any:
+    """Load an exported model for decoding, on the accelerator where there is one.
+
+    Raises:
+        ConfigError: transformers cannot load the folder.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"{folder}: not loadable as a model ({line})") from None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device).eval()

@@ -1,0 +1,264 @@
+"""What decoded ids are worth: the measures of SPEC 7, as pure functions over ids.
+
+All functions take the *response* alone (no prompt), so that the stack machine's base is index 0.
+A token is *right* if, at the moment it was written, the stack up to and including it was the
+beginning of the unique reference; everything else, from the first mismatch on, is *wrong*.
+"""
+
+# R tokens of a raw response, undone tokens and undos among them
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nmar_ds.traces.reduction import depths, survivors
+from nmar_ds.traces.schema import IdArray
+
+Z_95 = 1.959963984540054  # two-sided 95 % point of the normal distribution
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """A share, kept as its two counts.
+
+    Attributes:
+        num: events that happened.
+        of: events that could have.
+    """
+
+    num: int
+    of: int
+
+    @classmethod
+    def over(cls, events: Iterable[bool]) -> Rate:
+        """Count the true ones."""
+        listed = [bool(event) for event in events]
+        return cls(sum(listed), len(listed))
+
+    @property
+    def value(self) -> float | None:
+        """num / of, None where nothing could have happened."""
+        return self.num / self.of if self.of else None
+
+    def as_dict(self) -> dict[str, float | int | None]:
+        """The form kept in reports: counts, share and its Wilson 95 % interval."""
+        low, high = wilson(self.num, self.of)
+        value = self.value
+        return {"value": value, "num": self.num, "of": self.of, "low": low, "high": high}
+
+
+def wilson(num: int, of: int, z: float = Z_95) -> tuple[float, float]:
+    """Score interval of a binomial share; (0, 1) where nothing was counted.
+
+    Source: Wilson 1927, JASA 22:209. Unlike the normal interval it does not shrink to a point
+    at shares of 0 or 1, where these evaluations live.
+    """
+    if of == 0:
+        return 0.0, 1.0
+    share = num / of
+    centre = share + z * z / (2 * of)
+    spread = z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
+    scale = 1 + z * z / of
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def transitions(before: Sequence[bool], after: Sequence[bool]) -> tuple[Rate, Rate]:
+    """Wrong-to-right and right-to-wrong rates from one way of answering to another.
+
+    Args:
+        before: right or not, per problem, without the faculty (undo banned).
+        after: the same problems with it.
+
+    Returns:
+        (wrong to right, out of the wrong before; right to wrong, out of the right before).
+    """
+    pairs = list(zip(before, after, strict=True))
+    gained = Rate.over(late for early, late in pairs if not early)
+    lost = Rate.over(not late for early, late in pairs if early)
+    return gained, lost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pops:
+    """What the undos of one response took away, judged against its unique reference.
+
+    Attributes:
+        popped_right: right tokens that were popped.
+        popped_wrong: wrong tokens that were popped.
+        num_wrong: wrong tokens written, popped or not.
+    """
+
+    popped_right: int
+    popped_wrong: int
+    num_wrong: int
+
+
+def judge_pops(raw_ids: IdArray, reference_ids: IdArray, *, undo_id: int, **machine: Any) -> Pops:
+    """Count right and wrong tokens popped; sums give undo precision and recall.
+
+    Args:
+        raw_ids: int[R] response with its undos.
+        reference_ids: int[...] the one right response, stop token included.
+        undo_id: id of `<UNDO>`.
+        **machine: `semantics` and `boundary_ids` of the stack machine.
+    """
+    raw_ids = np.asarray(raw_ids)
+    wrong_R = _wrong(raw_ids, reference_ids, undo_id=undo_id, **machine)
+    ordinary_R = raw_ids != undo_id
+    popped_R = ordinary_R & ~survivors(raw_ids, undo_id=undo_id, **machine)
+    return Pops(
+        popped_right=int((popped_R & ~wrong_R).sum()),
+        popped_wrong=int((popped_R & wrong_R).sum()),
+        num_wrong=int((ordinary_R & wrong_R).sum()),
+    )
+
+
+def _wrong(
+    raw_ids: IdArray, reference_ids: IdArray, *, undo_id: int, **machine: Any
+) -> npt.NDArray[np.bool_]:
+    """bool[R]: an ordinary token at or after a mismatch with the reference. Undos are False."""
+    heights_R = depths(raw_ids, undo_id=undo_id, **machine).tolist()
+    wrong_R = np.zeros(len(raw_ids), np.bool_)
+    right_to = [True]  # right_to[d]: the lowest d tokens of the present stack begin the reference
+    for index, (token, height) in enumerate(zip(raw_ids.tolist(), heights_R, strict=True)):
+        if token == undo_id:
+            continue
+        place = height - 1
+        fits = place < len(reference_ids) and token == int(reference_ids[place])
+        del right_to[height:]
+        right_to.append(right_to[place] and fits)
+        wrong_R[index] = not right_to[height]
+    return wrong_R
+
+
+def first_wrong(raw_ids: IdArray, reference_ids: IdArray, *, undo_id: int) -> int | None:
+    """Index of the first wrong token of a response, None if all it wrote was right."""
+    wrong = np.flatnonzero(_wrong(np.asarray(raw_ids), reference_ids, undo_id=undo_id))
+    return int(wrong[0]) if len(wrong) else None
+
+
+def leading_undos(emitted_ids: IdArray, undo_id: int) -> int:
+    """Number of undos before the first other token."""
+    others = np.flatnonzero(np.asarray(emitted_ids) != undo_id)
+    return int(others[0]) if len(others) else len(emitted_ids)
+
+
+def detection_latency(raw_ids: IdArray, onset: int, undo_id: int) -> int | None:
+    """Tokens from the first wrong token to the first undo after it.
+
+    1 is the quickest there is, the undo right after the wrong token. None: never undone.
+
+    Args:
+        raw_ids: int[R] response.
+        onset: index in it of the first wrong token.
+        undo_id: id of `<UNDO>`.
+    """
+    undos = np.flatnonzero(np.asarray(raw_ids)[onset:] == undo_id)
+    return int(undos[0]) if len(undos) else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovery:
+    """How one forced deviation was taken.
+
+    Attributes:
+        undone: the very first emitted token is an undo.
+        exact: the emitted text opens with the right number of undos and no more.
+        over: it opens with more, so that right tokens were popped (or the prompt was hit).
+        parroted: after its opening undos it writes the deviation again; None without an undo.
+    """
+
+    undone: bool
+    exact: bool
+    over: bool
+    parroted: bool | None
+
+
+def judge_recovery(
+    emitted_ids: IdArray, deviation_ids: IdArray, *, num_expected: int, undo_id: int
+) -> Recovery:
+    """Judge what a model emits right after a deviation that was forced on it.
+
+    Args:
+        emitted_ids: what the model wrote after the deviation.
+        deviation_ids: the forced wrong span.
+        num_expected: undos that take it back whole (`reduction.num_undos`).
+        undo_id: id of `<UNDO>`.
+    """
+    run = leading_undos(emitted_ids, undo_id)
+    retry = np.asarray(emitted_ids)[run : run + len(deviation_ids)]
+    return Recovery(
+        undone=run > 0,
+        exact=run == num_expected,
+        over=run > num_expected,
+        parroted=bool(np.array_equal(retry, deviation_ids)) if run > 0 else None,
+    )
+
+
+def num_revisits(raw_ids: IdArray, *, undo_id: int, **machine: Any) -> int:
+    """How often writing a token led to a stack content the response had already been at.
+
+    With strictly greedy, memoryless decoding one revisit would be a loop for ever; a model that
+    sees its undone tokens can get out, so this is a count.
+    """
+    raw_ids = np.asarray(raw_ids)
+    heights = depths(raw_ids, undo_id=undo_id, **machine).tolist()
+    children: dict[tuple[int, int], int] = {}  # a trie of all contents: (node, token) -> node
+    path = [0]  # node of every height of the present stack
+    revisits = 0
+    for token, height in zip(raw_ids.tolist(), heights, strict=True):
+        if token == undo_id:
+            continue
+        edge = (path[height - 1], token)
+        revisits += edge in children
+        node = children.setdefault(edge, len(children) + 1)
+        del path[height:]
+        path.append(node)
+    return revisits
+
+
+def overhead(raw: Iterable[IdArray], reduced: Iterable[IdArray]) -> float | None:
+    """Tokens emitted per token kept; under `token` it is 1 / (1 - 2u) at u undos per token."""
+    num_kept = sum(len(ids) for ids in reduced)
+    return sum(len(ids) for ids in raw) / num_kept if num_kept else None
+
+
+def auroc(positives: Sequence[float], negatives: Sequence[float]) -> float | None:
+    """Chance that a positive scores above a negative, ties counted half (Mann-Whitney U)."""
+    if len(positives) == 0 or len(negatives) == 0:
+        return None
+    ordered = np.sort(np.asarray(negatives, np.float64))
+    below = np.searchsorted(ordered, positives, side="left")
+    upto = np.searchsorted(ordered, positives, side="right")
+    return float(((below + upto) / 2).mean() / len(ordered))
+
+
+def answered(text: str, *, stopped: bool, reference: str, answer: str | None) -> bool:
+    """Whether a response is right.
+
+    A response that was cut off is never right. Without `answer` it must equal the reference, to
+    the character. With one, its end, without surrounding white space, must be the answer, and
+    the answer must not begin inside a longer word or number: "x = 116", "-16" and "1.16" do not
+    end with the answer "16".
+    """
+    if not stopped:
+        return False
+    if answer is None:
+        return text == reference
+    text, answer = text.strip(), answer.strip()
+    if not answer or not text.endswith(answer):
+        return False
+    before = text[: -len(answer)]
+    if not before or not (answer[0].isalnum() or answer[0] in "-+."):
+        return True
+    if before[-1].isalnum() or before[-1] == "_":
+        return False
+    # A sign or point that is glued to the answer belongs to it, unless it joins two operands
+    # ("20-4" ends with the answer "4" no more than "-4" does).
+    return not (before[-1] in "-+.," and answer[0].isdigit())

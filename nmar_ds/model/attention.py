@@ -1,0 +1,219 @@
+"""Attention that cannot look across trace boundaries (SPEC section 6).
+
+Packed rows are cut back into their traces before attention and joined again after it: traces of
+near lengths are right-padded into one batch and run through causal SDPA. There is no mask to get
+wrong, the work is the sum of squared trace lengths instead of the squared row length, and a
+trace's result cannot depend on its neighbours, not even in the last bit: a causal kernel reads
+padding for no real query, and the padding is zeros.
+
+Plain transformers isolates packed rows by `position_ids` only while no `attention_mask` and no
+cache is passed, and leaks silently otherwise (huggingface/transformers#46634); this module
+does not rely on it.
+"""
+
+# B rows, T tokens per row, N = B*T, M attended tokens of a bucket, h heads (k key/value heads),
+# d head width, n segments of a bucket, L padded length of a bucket
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from nmar_ds.errors import ConfigError
+from nmar_ds.model.segments import Bucket, SegmentLayout
+
+__all__ = [
+    "ATTENTION_NAME",
+    "SegmentLayout",
+    "check_supported",
+    "check_window",
+    "segment_attention",
+]
+
+ATTENTION_NAME = "nmar_segments"
+
+# What transformers hands to every attention function and what changes nothing here.
+_HARMLESS_KWARGS = frozenset(
+    {"position_ids", "position_embeddings", "use_cache", "cache_position", "layer_idx"}
+    | {"output_hidden_states", "return_dict"}
+)
+_DROPOUTS = (
+    "attention_dropout",
+    "attn_pdrop",
+    "resid_pdrop",
+    "embd_pdrop",
+    "hidden_dropout",
+    "residual_dropout",
+    "embedding_dropout",
+    "dropout",
+)
+_LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+
+
+def segment_attention(
+    query_BhTd: Tensor,
+    key_BkTd: Tensor,
+    value_BkTd: Tensor,
+    layout: SegmentLayout,
+    scale: float,
+) -> Tensor:
+    """Causal attention inside each segment and nowhere else.
+
+    On a GPU the same bucketed SDPA runs for now; it has not yet been run there. A
+    variable-length kernel would take its place in this function.
+
+    Args:
+        query_BhTd: [B, h, T, d].
+        key_BkTd: [B, k, T, d] with h a multiple of k (grouped queries).
+        value_BkTd: [B, k, T, d'].
+        layout: segments of the B*T tokens.
+        scale: factor on the scores.
+
+    Returns:
+        [B, T, h, d'], zeros at padding.
+    """
+    B, h, T, _ = query_BhTd.shape
+    grouped = key_BkTd.shape[1] != h
+    sizes = [bucket.num_tokens for bucket in layout.buckets]
+    # one gather for all buckets; the pieces of unpadded buckets are views of it
+    gathered = [
+        torch.split_with_sizes(
+            tensor.transpose(1, 2).flatten(0, 1).index_select(0, layout.order), sizes
+        )
+        for tensor in (query_BhTd, key_BkTd, value_BkTd)
+    ]
+    outputs = []
+    for bucket, q, k, v in zip(layout.buckets, *gathered, strict=True):
+        out_nhLd = F.scaled_dot_product_attention(
+            _pad(q, bucket).transpose(1, 2),
+            _pad(k, bucket).transpose(1, 2),
+            _pad(v, bucket).transpose(1, 2),
+            is_causal=True,
+            scale=scale,
+            enable_gqa=grouped,
+        )
+        out = out_nhLd.transpose(1, 2).flatten(0, 1)
+        outputs.append(out if bucket.slots is None else out.index_select(0, bucket.slots))
+    empty_Nhd = query_BhTd.new_zeros(B * T, h, value_BkTd.shape[-1])
+    return empty_Nhd.index_copy(0, layout.order, torch.cat(outputs)).view(B, T, h, -1)
+
+
+def _pad(tokens_Mhd: Tensor, bucket: Bucket) -> Tensor:
+    """Place a bucket's tokens in its [n, L, h, d] block; the rest is zeros."""
+    shape = (bucket.num_segments, bucket.padded_length, *tokens_Mhd.shape[1:])
+    if bucket.slots is None:
+        return tokens_Mhd.reshape(shape)
+    # zeros, not a clamped index: a masked key still enters the kernel as 0 * value, and a NaN in
+    # another trace must not come through
+    block = tokens_Mhd.new_zeros(shape[0] * shape[1], *shape[2:])
+    return block.index_copy(0, bucket.slots, tokens_Mhd).view(shape)
+
+
+def _forward(  # noqa: PLR0917 (transformers' signature)
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    segment_layout: SegmentLayout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The signature transformers calls attention functions with; refuses what it would ignore."""
+    if segment_layout is None:
+        raise ConfigError(f"attention {ATTENTION_NAME}: got no segment_layout, expected one")
+    if attention_mask is not None:
+        raise ConfigError(f"attention {ATTENTION_NAME}: got an attention_mask, expected none")
+    if dropout:
+        raise ConfigError(f"attention {ATTENTION_NAME}: dropout is {dropout}, expected 0")
+    if is_causal is False or getattr(module, "is_causal", True) is False:
+        raise ConfigError(f"attention {ATTENTION_NAME}: layer is not causal, expected causal")
+    if key.shape[2] != query.shape[2]:
+        raise ConfigError(f"attention {ATTENTION_NAME}: keys come from a cache, expected none")
+    check_window(sliding_window, segment_layout.longest)
+    for name, setting in kwargs.items():
+        if name not in _HARMLESS_KWARGS and setting is not None and setting is not False:
+            raise ConfigError(
+                f"attention {ATTENTION_NAME}: the model passes {name!r}, which this attention "
+                "does not know, expected an architecture without it"
+            )
+    if segment_layout.num_tokens != query.shape[0] * query.shape[2]:
+        raise ValueError(
+            f"layout of {segment_layout.num_tokens} tokens for a batch of "
+            f"{query.shape[0]} x {query.shape[2]}"
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    return segment_attention(query, key, value, segment_layout, scale), None
+
+
+def _no_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:
+    """Stand in for transformers' mask builders: isolation comes from the layout."""
+    if attention_mask is not None:
+        raise ConfigError(f"attention {ATTENTION_NAME}: got an attention_mask, expected none")
+
+
+def check_window(sliding_window: int | None, longest: int) -> None:
+    """Refuse traces that a sliding-window layer would not see whole.
+
+    Raises:
+        ConfigError: the longest trace exceeds the window.
+    """
+    if sliding_window is not None and longest > sliding_window:
+        raise ConfigError(
+            f"model.sliding_window: {sliding_window} is shorter than the longest trace "
+            f"({longest} tokens), expected traces of at most {sliding_window} tokens: sliding "
+            "windows are not supported yet"
+        )
+
+
+def check_supported(config: Any, *, longest: int | None = None) -> None:
+    """Refuse, before training, architectures whose result this package would change.
+
+    Args:
+        config: the model's transformers configuration.
+        longest: tokens of the longest trace, to compare with a sliding window; None skips that.
+
+    Raises:
+        ConfigError: names the setting, its value and what was expected.
+    """
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if getattr(config, "is_encoder_decoder", False) or getattr(config, "is_causal", True) is False:
+        raise ConfigError("model: not a causal decoder, expected a causal language model")
+    for name in _DROPOUTS:
+        if getattr(config, name, None):
+            raise ConfigError(f"model.{name}: {getattr(config, name)}, expected 0.0")
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        raise ConfigError(
+            f"model.attn_logit_softcapping: {config.attn_logit_softcapping}, expected none: "
+            "attention soft-caps are not supported yet"
+        )
+    for name in _LOGIT_CHANGES:
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise ConfigError(
+                f"model.{name}: {getattr(config, name)}, expected none: the chunked loss does not "
+                "apply it yet"
+            )
+    layer_types = getattr(config, "layer_types", None) or ()
+    for layer_type in sorted(set(layer_types) - {"full_attention", "sliding_attention"}):
+        raise ConfigError(
+            f"model.layer_types: {layer_type!r}, expected full_attention or sliding_attention"
+        )
+    windowed = "sliding_attention" in layer_types or not layer_types
+    if longest is not None and windowed and getattr(config, "use_sliding_window", True):
+        check_window(getattr(config, "sliding_window", None), longest)
+
+
+def register() -> None:
+    """Make `nmar_segments` known to transformers; harmless to repeat."""
+    AttentionInterface.register(ATTENTION_NAME, _forward)
+    AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
+
+
+register()

@@ -1,0 +1,198 @@
+"""The module that is given to the engine: a causal language model and its role-weighted loss.
+
+Everything that touches a parameter happens inside this `forward`: ZeRO-3 gathers weights only
+there (a loss computed outside sees an empty head; huggingface/trl#3368, #5891, #6372).
+"""
+
+# B rows, T tokens per row, N = B*T, M selected targets, H hidden, V vocabulary
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nmar_ds.errors import ConfigError
+from nmar_ds.model.attention import ATTENTION_NAME, SegmentLayout, check_supported
+from nmar_ds.model.objective import role_sums, weighted_cross_entropy
+from nmar_ds.traces.schema import NO_ROLE, Role
+
+
+class MicroBatchLoss(NamedTuple):
+    """What one micro-batch contributes. A tuple, so that the engine's hooks find the tensors.
+
+    Attributes:
+        loss_sum: scalar, differentiable, sum of w_n * nll_n. Not divided by anything.
+        role_sums: float64[NUM_ROLES] unweighted loss sums, detached.
+        role_counts: int64[NUM_ROLES] targets in `role_sums`.
+    """
+
+    loss_sum: Tensor
+    role_sums: Tensor
+    role_counts: Tensor
+
+
+class UndoTrainingModel(nn.Module):
+    """Wraps a transformers causal language model for packed, role-weighted training.
+
+    Args:
+        lm: the model. Its attention is switched to `nmar_segments` and its cache is switched off.
+        chunk_size: rows per chunk of the loss; None chooses by memory.
+
+    Raises:
+        ConfigError: the architecture is not supported.
+    """
+
+    def __init__(self, lm: Any, *, chunk_size: int | None = None) -> None:
+        super().__init__()
+        check_supported(lm.config)
+        lm.set_attn_implementation(ATTENTION_NAME)
+        if lm.config._attn_implementation != ATTENTION_NAME:
+            raise ConfigError(
+                f"model: {type(lm).__name__} does not take attention functions, expected an "
+                "architecture that uses transformers' AttentionInterface"
+            )
+        lm.config.use_cache = False
+        self.lm = lm
+        self.chunk_size = chunk_size
+
+    def forward(  # noqa: PLR0917 (the batch)
+        self,
+        input_ids_BT: Tensor,
+        position_ids_BT: Tensor,
+        layout: SegmentLayout,
+        targets_N: Tensor | None = None,
+        weights_N: Tensor | None = None,
+        roles_N: Tensor | None = None,
+        *,
+        also_untrained: bool = False,
+        mode: str = "loss",
+        positions_M: Tensor | None = None,
+    ) -> MicroBatchLoss | Tensor:
+        """Loss of a micro-batch, or logits for the canary.
+
+        Args:
+            input_ids_BT: int64[B, T].
+            position_ids_BT: int64[B, T], restarting at 0 in each trace.
+            layout: segments of the flattened tokens.
+            targets_N: int64[N] next id of the same trace, -1 where there is none.
+            weights_N: float[N] loss weights, 0 where there is no target.
+            roles_N: uint8[N] roles of the targets, `NO_ROLE` where there is none.
+            also_untrained: report the response targets of weight 0 too (a second pass through
+                the head, without gradient).
+            mode: "loss"; "nll", the loss of every response target whatever its weight, without
+                gradient; "logits" (this module's path) or "stock_logits" (the wrapped model's
+                own forward and head), at `positions_M`.
+            positions_M: int64[M] flat positions, for the logits modes.
+
+        Returns:
+            `MicroBatchLoss`; or for "nll" float[N], 0 where there is no response target; or
+            logits [M, V]; both in float32 (float64 for a float64 model).
+        """
+        if mode == "stock_logits":
+            logits_BTV = self.lm(
+                input_ids=input_ids_BT,
+                position_ids=position_ids_BT,
+                use_cache=False,
+                segment_layout=layout,
+            ).logits
+            return _at_least_float(logits_BTV.flatten(0, 1)[positions_M])
+        hidden_NH = self._hidden(input_ids_BT, position_ids_BT, layout)
+        # Read once and here: under ZeRO-3 this access is the collective that gathers the head,
+        # and every rank must do it equally often whatever its targets (huggingface/trl#6696).
+        head = self.lm.get_output_embeddings()
+        weight_VH = head.weight
+        bias_V = getattr(head, "bias", None)
+        if mode == "logits":
+            return _at_least_float(F.linear(hidden_NH[positions_M], weight_VH, bias_V))
+        if mode == "nll":
+            assert targets_N is not None and roles_N is not None
+            return self._response_nll(hidden_NH, weight_VH, bias_V, targets_N, roles_N)
+        if mode != "loss":
+            raise ValueError(f"unknown mode {mode!r}")
+        assert targets_N is not None and weights_N is not None and roles_N is not None
+
+        def head_loss(
+            rows_M: Tensor, targets_M: Tensor, weights_M: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            return weighted_cross_entropy(
+                hidden_NH.index_select(0, rows_M),
+                weight_VH,
+                bias_V,
+                targets_M,
+                weights_M,
+                chunk_size=self.chunk_size,
+            )
+
+        rows_M, targets_M, weights_M, roles_M = _trained(targets_N, weights_N, roles_N)
+        loss_sum, nll_M = head_loss(rows_M, targets_M, weights_M)
+        sums, counts = role_sums(nll_M, roles_M)
+        if also_untrained:
+            rows_M = _untrained(weights_N, roles_N)
+            with torch.no_grad():
+                _, nll_M = head_loss(rows_M, targets_N[rows_M], weights_N[rows_M])
+            more_sums, more_counts = role_sums(nll_M, roles_N[rows_M])
+            sums, counts = sums + more_sums, counts + more_counts
+        return MicroBatchLoss(loss_sum, sums, counts)
+
+    def _hidden(
+        self, input_ids_BT: Tensor, position_ids_BT: Tensor, layout: SegmentLayout
+    ) -> Tensor:
+        """Last hidden states [N, H], by the decoder without its head."""
+        outputs = self.lm.get_decoder()(
+            input_ids=input_ids_BT,
+            position_ids=position_ids_BT,
+            use_cache=False,
+            segment_layout=layout,
+        )
+        hidden_BTH: Tensor = outputs[0]
+        return hidden_BTH.flatten(0, 1)
+
+    @torch.no_grad()
+    def _response_nll(
+        self,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        roles_N: Tensor,
+    ) -> Tensor:
+        """-log p of every target that is not of a prompt, in its place; 0 elsewhere."""
+        rows_M = torch.nonzero((targets_N >= 0) & (roles_N != Role.PROMPT))[:, 0]
+        _, nll_M = weighted_cross_entropy(
+            hidden_NH.index_select(0, rows_M),
+            weight_VH,
+            bias_V,
+            targets_N[rows_M],
+            torch.ones_like(rows_M, dtype=torch.float32),
+            chunk_size=self.chunk_size,
+        )
+        return nll_M.new_zeros(len(targets_N)).index_copy(0, rows_M, nll_M)
+
+
+def _trained(
+    targets_N: Tensor, weights_N: Tensor, roles_N: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Select the rows that carry weight; if there are none, one row of weight 0.
+
+    Under mSFT a good part of the tokens is masked, and the head is the dearest layer of a small
+    model. The stand-in row keeps the backward, and so the collectives, equal on all ranks.
+    """
+    rows_M = torch.nonzero(weights_N)[:, 0]
+    if len(rows_M):
+        return rows_M, targets_N[rows_M], weights_N[rows_M], roles_N[rows_M]
+    rows_1 = rows_M.new_zeros(1)
+    no_role_1 = torch.full_like(roles_N[:1], NO_ROLE)
+    return rows_1, targets_N.new_zeros(1), weights_N.new_zeros(1), no_role_1
+
+
+def _untrained(weights_N: Tensor, roles_N: Tensor) -> Tensor:
+    """Rows of the response targets that carry no weight; there may be none."""
+    response_N = (roles_N != NO_ROLE) & (roles_N != Role.PROMPT)
+    return torch.nonzero(response_N & (weights_N == 0))[:, 0]
+
+
+def _at_least_float(logits_MV: Tensor) -> Tensor:
+    return logits_MV if logits_MV.dtype == torch.float64 else logits_MV.float()

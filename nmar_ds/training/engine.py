@@ -1,0 +1,239 @@
+"""The only room that knows DeepSpeed and torch.distributed.
+
+Everything a rank shares with its peers goes through here: the start of the process group, the
+ZeRO-3 engine, reductions, and the agreement of all ranks on one answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# DeepSpeed guesses the accelerator at its first import; without a GPU it must not guess.
+import torch
+
+from nmar_ds.config import OptimizerSection
+from nmar_ds.errors import LaunchError, NmarError
+from nmar_ds.training.ranks import Ranks, threads_per_rank
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# Every torch.load of this process, DeepSpeed's own among them, refuses to run pickled code.
+os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\b.*")
+
+import deepspeed  # noqa: E402
+import deepspeed.ops  # noqa: E402
+from deepspeed.runtime.fp16.loss_scaler import LossScaler  # noqa: E402
+from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: E402
+from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
+
+# The two globals a genuine ZeRO-3 checkpoint names besides tensors.
+torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum])
+
+
+def start_process_group(ranks: Ranks, *, timeout_seconds: int) -> torch.device:
+    """Join the other ranks.
+
+    Args:
+        ranks: from `discover_ranks`; the environment must be complete.
+        timeout_seconds: a collective that waits longer fails (the library default is 30 minutes).
+
+    Returns:
+        This rank's device.
+
+    Raises:
+        LaunchError: the world that formed is not the one the launcher announced.
+    """
+    deepspeed_logger.setLevel(logging.WARNING)
+    torch.set_num_threads(threads_per_rank(ranks))
+    if torch.cuda.is_available():
+        if ranks.local_rank >= torch.cuda.device_count():
+            raise LaunchError(
+                f"environment: LOCAL_RANK: is {ranks.local_rank}, expected less than the "
+                f"{torch.cuda.device_count()} visible GPUs"
+            )
+        device = torch.device("cuda", ranks.local_rank)
+        torch.cuda.set_device(device)
+        backend = "nccl"
+    else:
+        device = torch.device("cpu")
+        backend = "gloo"
+        # This op is compiled with g++ at every first start and serves inference only.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend=backend,
+        auto_mpi_discovery=False,
+        timeout=datetime.timedelta(seconds=timeout_seconds),
+        verbose=False,
+    )
+    formed = torch.distributed.get_world_size()
+    if formed != ranks.world_size or torch.distributed.get_rank() != ranks.rank:
+        raise LaunchError(f"{formed} ranks met, expected {ranks.world_size}")
+    return device
+
+
+def close_process_group() -> None:
+    """Leave the group; a process that skips this may keep its peers waiting at exit."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def all_reduce(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
+    """Reduce in place over all ranks (`sum` or `max`) and return the tensor."""
+    kind = {"sum": torch.distributed.ReduceOp.SUM, "max": torch.distributed.ReduceOp.MAX}[op]
+    torch.distributed.all_reduce(tensor, op=kind)
+    return tensor
+
+
+class ProcessPeers:
+    """The ranks of the running process group, as `checkpoints.Peers` wants them."""
+
+    def __init__(self) -> None:
+        self.rank = torch.distributed.get_rank()
+        self.world_size = torch.distributed.get_world_size()
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        torch.distributed.barrier()
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank, in order of rank."""
+        box: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(box, value)
+        return box
+
+    @contextlib.contextmanager
+    def share_errors(self) -> Iterator[None]:
+        """Run a block whose `NmarError` on one rank ends it on all, with that rank's message.
+
+        Without it the healthy ranks would wait in their next collective until the timeout.
+        """
+        problem: NmarError | None = None
+        try:
+            yield
+        except NmarError as error:
+            problem = error
+        problems = [p for p in self.gather(problem) if p is not None]
+        if problems:
+            raise problems[0]
+
+
+def make_optimizer(model: torch.nn.Module, section: OptimizerSection) -> torch.optim.Optimizer:
+    """AdamW or SGD over two groups: matrices decay, norms and biases do not.
+
+    Under ZeRO-3 a parameter's own shape is empty, so its rank is read from `ds_shape`.
+    """
+    decayed: list[torch.nn.Parameter] = []
+    exempt: list[torch.nn.Parameter] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            (decayed if len(shape) > 1 else exempt).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": section.weight_decay},
+        {"params": exempt, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if section.name == "sgd":
+        return torch.optim.SGD(groups, lr=section.learning_rate)
+    return torch.optim.AdamW(
+        groups, lr=section.learning_rate, betas=section.betas, eps=section.eps
+    )
+
+
+class Engine:
+    """A model under ZeRO-3.
+
+    Args:
+        model: built inside ZeRO-3 partitions; its forward computes the loss, because DeepSpeed
+            gathers parameters only inside that call.
+        settings: from `deepspeed_config`.
+        optimizer: over the model's parameters.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, settings: dict[str, Any], optimizer: torch.optim.Optimizer
+    ) -> None:
+        self._engine, *_ = deepspeed.initialize(model=model, config=settings, optimizer=optimizer)
+        self.world_size = torch.distributed.get_world_size()
+        self.rank = torch.distributed.get_rank()
+        self.device = self._engine.device
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The wrapped model; its parameters are partitioned."""
+        module: torch.nn.Module = self._engine.module
+        return module
+
+    def train(self, mode: bool = True) -> None:
+        """Training or evaluation mode."""
+        self._engine.train(mode)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate gradients of `loss` as it is: SPEC 3 has put every factor into it."""
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def set_learning_rate(self, value: float) -> None:
+        """For the coming step. The schedule is a function of the step, so it needs no state."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = value
+
+    def step(self) -> None:
+        """Call after every micro-batch; the weights move after the last of a step."""
+        self._engine.step()
+
+    def step_was_applied(self) -> bool:
+        """False after a step that DeepSpeed skipped because a gradient was not finite."""
+        return bool(self._engine.was_step_applied())
+
+    def gradient_norm(self) -> float:
+        """2-norm of the whole gradient of the latest step, before clipping."""
+        norm = self._engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    def save_into(self, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
+        """Write this rank's part of a checkpoint to `folder/tag`. Collective; no `latest` file."""
+        self._engine.save_checkpoint(
+            str(folder), tag=tag, client_state={"nmar": client_state}, save_latest=False
+        )
+
+    def load_from(self, folder: Path, tag: str) -> dict[str, Any]:
+        """Load `folder/tag` into a fresh engine and return this rank's client state."""
+        path, state = self._engine.load_checkpoint(str(folder), tag=tag)
+        assert path is not None, "the checkpoint was verified before"
+        client: dict[str, Any] = state["nmar"]
+        return client
+
+    def full_gradients(self) -> dict[str, torch.Tensor]:
+        """Unclipped gradients by name, gathered; valid between the last backward and its step."""
+        from deepspeed.utils import safe_get_full_grad
+
+        return {
+            name: safe_get_full_grad(parameter).detach().clone()
+            for name, parameter in self.module.named_parameters()
+        }
+
+    def full_weights(self) -> dict[str, torch.Tensor]:
+        """fp32 master weights by name, gathered on every rank. For tests and small models."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return {
+            name: safe_get_full_fp32_param(parameter).detach().clone()
+            for name, parameter in self.module.named_parameters()
+        }

@@ -1,0 +1,134 @@
+"""Checkpoint -> Hugging Face folder: safetensors, configuration, tokenizer, and `nmar.json`."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from nmar_ds.errors import CheckpointError, ConfigError, VocabularyError
+from nmar_ds.inference.exported import FORMAT_VERSION, SETTINGS_NAME, TOKENIZER_FOLDER
+from nmar_ds.traces.encoding import Tokenizer, load_tokenizer
+from nmar_ds.training.checkpoints import Found, find_newest, folder_name, verify
+
+MODEL_PREFIX = "lm."  # the model's name inside UndoTrainingModel
+
+
+def export_checkpoint(
+    run: Path, output: Path, *, step: int | None = None, overwrite: bool = False
+) -> str:
+    """Export one checkpoint of a run.
+
+    Args:
+        run: the run's folder.
+        output: folder to write; written aside and renamed, so it is whole or absent.
+        step: which checkpoint; None takes the newest valid one.
+        overwrite: replace an earlier export.
+
+    Returns:
+        One line that says what was written.
+
+    Raises:
+        CheckpointError: no such checkpoint, or it is damaged.
+        ConfigError: `output` exists.
+        VocabularyError: the run's tokenizer is not the one it was trained with.
+    """
+    found = _choose(run / "checkpoints", step)
+    if output.exists():
+        if not overwrite:
+            raise ConfigError(f"{output}: exists, expected a new folder, or --overwrite")
+        if any(output.iterdir()) and not (output / SETTINGS_NAME).is_file():
+            raise ConfigError(f"{output}: is no earlier export, so it is not overwritten")
+    facts = found.manifest
+    tokenizer = load_tokenizer(run / "tokenizer", undo_token=facts["undo_token"])
+    if tokenizer.fingerprint != facts["tokenizer"]["fingerprint"]:
+        raise VocabularyError(
+            f"{run / 'tokenizer'}: is not the tokenizer that {found.folder} was trained with"
+        )
+    aside = output.with_name(output.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    num_weights = _write_model(found, aside)
+    _write_tokenizer(tokenizer, run / "tokenizer", facts, aside)
+    if output.exists():
+        shutil.rmtree(output)
+    aside.rename(output)
+    return f"exported  {found.folder} ({num_weights:,} weights, {facts['dtype']}) to {output}"
+
+
+def _choose(folder: Path, step: int | None) -> Found:
+    if step is not None:
+        chosen = folder / folder_name(step)
+        return Found(folder=chosen, manifest=verify(chosen))
+    refused: list[str] = []
+    found = find_newest(folder, report=refused.append)
+    if found is None:
+        raise CheckpointError(f"{folder}: holds no checkpoint")
+    for line in refused:
+        print(line)
+    return found
+
+
+def full_state(found: Found) -> dict[str, Any]:
+    """fp32 master weights of a verified checkpoint by their names in the model, on the CPU.
+
+    Every file is opened without running pickled code.
+    """
+    # Before torch and DeepSpeed: the engine room sets the process up for safe loading.
+    from nmar_ds.training import engine  # noqa: F401
+
+    assert os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] == "1"
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        state = get_fp32_state_dict_from_zero_checkpoint(
+            str(found.folder.parent), tag=found.folder.name
+        )
+    return {name.removeprefix(MODEL_PREFIX): tensor for name, tensor in state.items()}
+
+
+def _write_model(found: Found, folder: Path) -> int:
+    state = full_state(found)
+    import torch
+    import transformers
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    keys = dict(found.manifest["model_config"])
+    config = transformers.CONFIG_MAPPING[keys.pop("model_type")].from_dict(keys)
+    config.use_cache = True
+    dtype = getattr(torch, found.manifest["dtype"])
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    result = model.load_state_dict(state, strict=False)
+    tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    allowed = tied if config.get_text_config().tie_word_embeddings else set()
+    wrong = [*result.unexpected_keys, *(set(result.missing_keys) - allowed)]
+    if wrong:
+        raise CheckpointError(f"{found.folder}: weights do not fit the model: {sorted(wrong)[:5]}")
+    model.tie_weights()
+    model.save_pretrained(folder)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _write_tokenizer(
+    tokenizer: Tokenizer, source: Path, facts: dict[str, Any], folder: Path
+) -> None:
+    tokenizer.save_transformers(folder)
+    shutil.copytree(source, folder / TOKENIZER_FOLDER)
+    settings = {
+        "format_version": FORMAT_VERSION,
+        "undo_id": tokenizer.undo_id,
+        "undo_token": facts["undo_token"],
+        "semantics": facts["semantics"],
+        "context": facts["context"],
+        "eos_id": tokenizer.eos_id,
+        "bos_id": tokenizer.bos_id,
+        "pad_id": tokenizer.pad_id,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+    }
+    text = json.dumps(settings, indent=1) + "\n"
+    (folder / SETTINGS_NAME).write_text(text, encoding="utf-8")

@@ -1,0 +1,95 @@
+"""Held-out losses per role, and the two numbers that show what masking does.
+
+`log p(e|p)` per token says how willing the model is to err; P(`<UNDO>`) at its first place says
+whether it notices an error that is forced on it (SPEC sections 4 and 7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from nmar_ds.data.loader import FILLER_ROW, Batch, RowLoader
+from nmar_ds.traces.schema import NO_ROLE, NUM_ROLES, Role
+
+
+def batch_sums(batch: Batch, nll_N: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Sums and counts of one batch, to be added up over batches and ranks.
+
+    Args:
+        batch: packed held-out traces.
+        nll_N: float64[N], -log p of each target.
+
+    Returns:
+        float64[2 * NUM_ROLES + 2]: loss sums by role, target counts by role, sum over deviations
+        of P(undo) right after them, number of deviations.
+    """
+    result = np.zeros(2 * NUM_ROLES + 2)
+    has_target = batch.target_roles != NO_ROLE
+    for role in Role:
+        chosen = batch.target_roles == role
+        result[role] = nll_N[chosen].sum()
+        result[NUM_ROLES + role] = chosen.sum()
+    # The first undo of a deviation is the target of the deviation's last token.
+    first = has_target & (batch.target_roles == Role.UNDO)
+    first &= batch.roles.reshape(-1) == Role.DEVIATION
+    result[-2] = np.exp(-nll_N[first]).sum()
+    result[-1] = first.sum()
+    return result
+
+
+def as_scalars(totals: npt.NDArray[np.float64]) -> dict[str, float]:
+    """TensorBoard scalars from the totals of `batch_sums`; roles that do not occur are left out."""
+    values = {}
+    for role in Role:
+        count = totals[NUM_ROLES + role]
+        if count > 0 and role is not Role.PROMPT:
+            values[f"heldout/loss_{role.label}"] = float(totals[role] / count)
+    if totals[NUM_ROLES + Role.DEVIATION] > 0:
+        values["heldout/log_p_deviation_per_token"] = -values["heldout/loss_deviation"]
+    if totals[-1] > 0:
+        values["heldout/p_undo_at_first_place"] = float(totals[-2] / totals[-1])
+    return values
+
+
+def measure(
+    engine: Any,
+    loader: RowLoader,
+    *,
+    num_rows: int,
+    arguments: Callable[[Batch], dict[str, Any]],
+    reduce: Callable[[torch.Tensor], torch.Tensor],
+) -> dict[str, float]:
+    """Teacher-forced measures on the first rows of the held-out plan. Collective.
+
+    Every rank runs the same number of forwards; missing rows are empty ones.
+
+    Args:
+        engine: called as the training step calls it, with mode "nll".
+        loader: of the held-out plan.
+        num_rows: rows to look at, over all ranks.
+        arguments: batch -> arguments of the forward.
+        reduce: sums a tensor over the ranks.
+    """
+    share = loader.micro_batch_rows * loader.world_size
+    num_batches = -(-min(num_rows, loader.plan.num_rows) // share)
+    rows = np.full(num_batches * share, FILLER_ROW, dtype=np.int64)
+    available = min(num_rows, loader.plan.num_rows)
+    # Spread over the plan: its first rows hold the longest traces only.
+    rows[:available] = np.arange(available) * loader.plan.num_rows // available
+    totals = np.zeros(2 * NUM_ROLES + 2)
+    engine.train(False)
+    with torch.no_grad():
+        for mine in rows.reshape(num_batches, loader.world_size, loader.micro_batch_rows)[
+            :, loader.rank
+        ]:
+            batch = loader.batch(mine)
+            nll_N = engine(**arguments(batch), mode="nll")
+            totals += batch_sums(batch, nll_N.double().cpu().numpy())
+    engine.train(True)
+    reduced = reduce(torch.from_numpy(totals).to(engine.device))
+    return as_scalars(reduced.cpu().numpy())

@@ -1,0 +1,230 @@
+"""The training loop: batch, forward, backward, step, log, save, stop."""
+
+# W ranks, D denominator of the step (SPEC section 3)
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from nmar_ds.config import OptimizerSection, TrainingSection
+from nmar_ds.data.loader import Batch, RowLoader
+from nmar_ds.errors import DivergenceError
+from nmar_ds.model.attention import SegmentLayout
+from nmar_ds.model.objective import token_weights
+from nmar_ds.model.weighting import denominator
+from nmar_ds.traces.schema import NUM_ROLES, Role
+from nmar_ds.training.engine import Engine, all_reduce
+from nmar_ds.training.monitor import Monitor
+
+
+def learning_rate(step: int, total_steps: int, section: OptimizerSection) -> float:
+    """Linear warm-up, then cosine decay to `final_learning_rate_ratio` of the peak.
+
+    Args:
+        step: 0-based optimizer step about to be taken. The first step of a warm-up already moves.
+    """
+    warmup = section.warmup_steps
+    if step < warmup:
+        return section.learning_rate * (step + 1) / warmup
+    span = max(1, total_steps - warmup)
+    share = 0.5 * (1 + math.cos(math.pi * (step - warmup) / span))
+    floor = section.final_learning_rate_ratio
+    return section.learning_rate * (floor + (1 - floor) * share)
+
+
+def forward_arguments(batch: Batch, weights: Any, device: torch.device) -> dict[str, Any]:
+    """A loader's batch as arguments of `UndoTrainingModel.forward`."""
+    roles_N = torch.from_numpy(batch.target_roles).to(device)
+    return {
+        "input_ids_BT": torch.from_numpy(batch.input_ids).to(device),
+        "position_ids_BT": torch.from_numpy(batch.position_ids).to(device),
+        "layout": SegmentLayout.from_cu_seqlens(
+            batch.cu_seqlens, device, padding=batch.trace_ids < 0
+        ),
+        "targets_N": torch.from_numpy(batch.targets).to(device),
+        "weights_N": token_weights(roles_N, weights, torch.float32),
+        "roles_N": roles_N,
+    }
+
+
+@dataclass(kw_only=True)
+class StepSums:
+    """Sums over the micro-batches of one step on this rank."""
+
+    loss: float = 0.0
+    roles: torch.Tensor | None = None
+    tokens: int = 0
+    trained: int = 0
+
+
+class TrainingLoop:
+    """One run from its first to its last step.
+
+    Args:
+        engine: the model under ZeRO-3.
+        loader: this rank's rows.
+        weights: float64[NUM_ROLES] loss weights.
+        denominator_kind: `objective.denominator`.
+        optimizer: schedule.
+        training: logging, evaluation and divergence settings.
+        total_steps: of the run.
+        monitor: where figures go.
+        save: publishes a checkpoint after the given number of steps. Collective.
+        save_every: steps between checkpoints, or None for the end only.
+        measure_heldout: held-out scalars by tag. Collective.
+        stop_requested: whether this rank was told to stop; asked once per step.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        loader: RowLoader,
+        *,
+        weights: np.ndarray[Any, Any],
+        denominator_kind: str,
+        optimizer: OptimizerSection,
+        training: TrainingSection,
+        total_steps: int,
+        monitor: Monitor,
+        save: Callable[[int], None],
+        save_every: int | None,
+        measure_heldout: Callable[[], dict[str, float]],
+        stop_requested: Callable[[], bool],
+    ) -> None:
+        self.engine = engine
+        self.loader = loader
+        self.weights = weights
+        self.denominator_kind = denominator_kind
+        self.optimizer = optimizer
+        self.training = training
+        self.total_steps = total_steps
+        self.monitor = monitor
+        self.save = save
+        self.save_every = save_every
+        self.measure_heldout = measure_heldout
+        self.stop_requested = stop_requested
+        self.nonfinite_total = 0
+        self.nonfinite_in_a_row = 0
+
+    def run(self, first_step: int) -> bool:
+        """Train from `first_step` (steps already done) to the end or to a stop signal.
+
+        Returns:
+            True when the run is complete, False when it was stopped and saved.
+
+        Raises:
+            DivergenceError: too many non-finite steps in a row.
+        """
+        if first_step == 0:
+            self.monitor.scalars(0, self.measure_heldout())
+        self.engine.train()
+        for step in range(first_step, self.total_steps):
+            started = time.monotonic()
+            done = step + 1
+            logged = done % self.training.log_every == 0 or done == self.total_steps
+            sums = self.forward_backward(step, also_untrained=logged)
+            applied = self.engine.step_was_applied()
+            stop = self._agree(done, sums, applied)
+            if logged:
+                self._log(done, sums, time.monotonic() - started)
+            self.monitor.advance()
+            at_end = done == self.total_steps
+            every = self.training.eval_every
+            if at_end or (every is not None and done % every == 0):
+                self.monitor.scalars(done, self.measure_heldout())
+                self.engine.train()
+            if at_end or stop or (self.save_every and done % self.save_every == 0):
+                self.save(done)
+            if stop and not at_end:
+                self.monitor.say(f"stopped by a signal after step {done}; saved")
+                return False
+        return True
+
+    def forward_backward(self, step: int, *, also_untrained: bool) -> StepSums:
+        """All micro-batches of a step, and the optimizer step at the last of them.
+
+        D is that of the whole global batch and is known beforehand. DeepSpeed averages gradients
+        over W ranks, so a micro-batch returns S * W / D and no other factor (SPEC section 3).
+        """
+        counts, num_traces = self.loader.counts_of_step(step)
+        divisor = denominator(self.denominator_kind, counts, self.weights, num_traces)
+        self.engine.set_learning_rate(learning_rate(step, self.total_steps, self.optimizer))
+        sums = StepSums(roles=torch.zeros(2, NUM_ROLES, dtype=torch.float64))
+        for batch in self.loader.batches_of_step(step):
+            result = self.engine(
+                **forward_arguments(batch, self.weights, self.engine.device),
+                also_untrained=also_untrained,
+            )
+            self.engine.backward(result.loss_sum * (self.engine.world_size / divisor))
+            self.engine.step()
+            sums.loss += float(result.loss_sum.detach()) / divisor
+            assert sums.roles is not None
+            sums.roles[0] += result.role_sums.cpu()
+            sums.roles[1] += result.role_counts.cpu()
+            sums.tokens += batch.num_tokens
+            trained = self.weights[batch.target_roles[batch.targets >= 0]] != 0
+            sums.trained += int(trained.sum())
+        return sums
+
+    def _agree(self, done: int, sums: StepSums, applied: bool) -> bool:
+        """Share what any rank saw: a stop signal, a non-finite loss. Returns whether to stop."""
+        bad_loss = not math.isfinite(sums.loss)
+        flags = torch.tensor(
+            [int(self.stop_requested()), int(bad_loss), int(not applied)],
+            dtype=torch.int32,
+            device=self.engine.device,
+        )
+        stop, bad_loss_anywhere, skipped = (bool(flag) for flag in all_reduce(flags, "max"))
+        if not (bad_loss_anywhere or skipped):
+            self.nonfinite_in_a_row = 0
+            return stop
+        self.nonfinite_total += 1
+        self.nonfinite_in_a_row += 1
+        what = "loss" if bad_loss_anywhere else "gradient"
+        rows = [int(row) for row in self.loader.rows_of_step(done - 1) if row >= 0]
+        self.monitor.say(
+            f"step {done}: non-finite {what}, {'skipped' if skipped else 'NOT skipped'} "
+            f"({self.nonfinite_in_a_row} in a row, {self.nonfinite_total} in all); rows {rows}"
+        )
+        self.monitor.scalars(done, {"safety/nonfinite_steps": self.nonfinite_total})
+        if self.nonfinite_in_a_row >= self.training.max_nonfinite_steps:
+            raise DivergenceError(
+                f"step {done}: {self.nonfinite_in_a_row} non-finite steps in a row "
+                f"(training.max_nonfinite_steps); the last checkpoint is untouched"
+            )
+        return stop
+
+    def _log(self, done: int, sums: StepSums, seconds: float) -> None:
+        """Reduce the step's sums over the ranks and write them. Collective."""
+        assert sums.roles is not None
+        packed = torch.cat(
+            [
+                sums.roles.flatten(),
+                torch.tensor([sums.loss, sums.tokens, sums.trained], dtype=torch.float64),
+            ]
+        ).to(self.engine.device)
+        totals = all_reduce(packed).cpu()
+        role_sums, role_counts = totals[:NUM_ROLES], totals[NUM_ROLES : 2 * NUM_ROLES]
+        loss, tokens, trained = (float(value) for value in totals[2 * NUM_ROLES :])
+        values = {"loss/total": loss}
+        for role in Role:
+            if role_counts[role] > 0:
+                values[f"loss/{role.label}"] = float(role_sums[role] / role_counts[role])
+        capacity = self.loader.global_batch_rows * self.loader.plan.capacity
+        values |= {
+            "optimizer/learning_rate": learning_rate(done - 1, self.total_steps, self.optimizer),
+            "optimizer/gradient_norm": self.engine.gradient_norm(),
+            "throughput/tokens_per_second": tokens / seconds,
+            "throughput/trained_tokens_per_second": trained / seconds,
+            "throughput/step_seconds": seconds,
+            "packing/use": tokens / capacity,
+        }
+        self.monitor.scalars(done, values)
+        self.monitor.progress(done, values)

@@ -1,0 +1,267 @@
+"""One training run, put together: plan, model, engine, canary, resume, loop."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from nmar_ds import __version__
+from nmar_ds.config import RunConfig, deepspeed_config
+from nmar_ds.data.loader import Batch, RowLoader
+from nmar_ds.errors import CheckpointError
+from nmar_ds.model.canary import CanaryReport, run_canary
+from nmar_ds.model.loading import load_model, trainable_parameters
+from nmar_ds.model.training_model import UndoTrainingModel
+from nmar_ds.training import checkpoints, heldout
+from nmar_ds.training.engine import (
+    Engine,
+    ProcessPeers,
+    all_reduce,
+    close_process_group,
+    make_optimizer,
+    start_process_group,
+)
+from nmar_ds.training.loop import TrainingLoop, forward_arguments
+from nmar_ds.training.monitor import Monitor
+from nmar_ds.training.planning import RunPlan
+from nmar_ds.training.ranks import Ranks
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+
+
+class StopSignal:
+    """Remembers that this rank was told to stop; the loop asks after each step."""
+
+    def __init__(self) -> None:
+        self.received = False
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: object) -> None:
+        self.received = True
+
+    def __call__(self) -> bool:
+        return self.received
+
+
+def run_training(config: RunConfig, plan: RunPlan, ranks: Ranks) -> bool:
+    """Train, resuming where a former attempt left off.
+
+    Returns:
+        True when the run is complete, False when a signal stopped it (and it was saved).
+
+    Raises:
+        NmarError: anything a user can mend, the same on all ranks.
+    """
+    stop = StopSignal()
+    device = start_process_group(ranks, timeout_seconds=config.training.timeout_seconds)
+    try:
+        return _run(config, plan, ranks, stop, device)
+    finally:
+        close_process_group()
+
+
+def _run(
+    config: RunConfig, plan: RunPlan, ranks: Ranks, stop: StopSignal, device: torch.device
+) -> bool:
+    peers = ProcessPeers()
+    output = Path(config.output)
+    found = _find_checkpoint(config, plan, peers, output / "checkpoints")
+    first_step = found.step if found else 0
+    if found and first_step >= plan.total_steps:
+        if peers.rank == 0:
+            print(f"already complete: {found.folder} is after the last step", flush=True)
+        return True
+    settings = deepspeed_config(config, world_size=ranks.world_size)
+    with peers.share_errors():
+        engine, undo_row = _build_engine(config, plan, settings)
+    # Every rank draws the same numbers before this line; dropout and the like must differ after.
+    torch.manual_seed(config.seed + 1 + ranks.rank)
+    if found:
+        _restore(engine.load_from(found.folder.parent, found.folder.name))
+    elif peers.rank == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        checkpoints.write_atomically(output / "config.yaml", text)
+        shutil.copytree(plan.store.folder / "tokenizer", output / "tokenizer", dirs_exist_ok=True)
+
+    def loader_of(part: str) -> RowLoader:
+        store, rows = (
+            (plan.store, plan.plan) if part == "train" else (plan.heldout, plan.heldout_plan)
+        )
+        pad_id = store.manifest["tokenizer"]["pad_id"]
+        return RowLoader(
+            store,
+            rows,
+            store.role_counts,
+            seed=config.seed,
+            global_batch_rows=config.training.global_batch_rows,
+            micro_batch_rows=config.training.micro_batch_rows,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            pad_id=store.manifest["tokenizer"]["eos_id"] if pad_id is None else pad_id,
+        )
+
+    loader, heldout_loader = loader_of("train"), loader_of("heldout")
+
+    def arguments(batch: Batch) -> dict[str, Any]:
+        return forward_arguments(batch, plan.weights, device)
+
+    def save(step: int) -> None:
+        checkpoints.publish(
+            lambda folder, tag: engine.save_into(folder, tag, _state()),
+            output / "checkpoints",
+            step=step,
+            facts=_manifest_facts(config, plan, ranks, engine.module),
+            peers=peers,
+            keep=config.checkpoint.keep,
+        )
+
+    with Monitor(
+        output / "tensorboard",
+        is_writer=peers.rank == 0,
+        total_steps=plan.total_steps,
+        first_step=first_step,
+    ) as monitor:
+        for line in plan.summary(config):
+            monitor.say(line)
+        num_weights = trainable_parameters(engine.module.parameters())
+        monitor.say(
+            f"model     {num_weights:,} weights, {config.model.dtype}, ZeRO-3 on "
+            f"{ranks.world_size} ranks ({device.type}); <UNDO>: {undo_row}"
+        )
+        with peers.share_errors():
+            report = _canary(engine, loader, first_step, config, plan)
+        monitor.say(f"canary    {report}")
+        if found:
+            monitor.say(f"resumed   from {found.folder} after step {first_step}")
+        loop = TrainingLoop(
+            engine,
+            loader,
+            weights=plan.weights,
+            denominator_kind=config.objective.denominator,
+            optimizer=config.optimizer,
+            training=config.training,
+            total_steps=plan.total_steps,
+            monitor=monitor,
+            save=save,
+            save_every=config.checkpoint.every,
+            measure_heldout=lambda: heldout.measure(
+                engine,
+                heldout_loader,
+                num_rows=config.training.eval_rows,
+                arguments=arguments,
+                reduce=all_reduce,
+            ),
+            stop_requested=stop,
+        )
+        return loop.run(first_step)
+
+
+def _canary(
+    engine: Engine, loader: RowLoader, step: int, config: RunConfig, plan: RunPlan
+) -> CanaryReport:
+    """Run the start-up checks through the very call that trains."""
+
+    def call(mode: str, *inputs: Any, **tensors: Any) -> Any:
+        return engine(*inputs, mode=mode, **tensors)
+
+    return run_canary(
+        call,
+        loader.batches_of_step(step)[0],
+        weights=plan.weights,
+        vocab_size=plan.store.manifest["tokenizer"]["size"],
+        dtype=getattr(torch, config.model.dtype),
+        device=engine.device,
+    )
+
+
+def _build_engine(
+    config: RunConfig, plan: RunPlan, settings: dict[str, Any]
+) -> tuple[Engine, str]:
+    facts = plan.store.manifest["tokenizer"]
+    loaded = load_model(
+        config.model,
+        settings,
+        tokenizer_size=facts["size"],
+        undo_id=facts["undo_id"],
+        ids={
+            "bos_token_id": facts["bos_id"],
+            "eos_token_id": facts["eos_id"],
+            "pad_token_id": facts["pad_id"],
+        },
+        seed=config.seed,
+    )
+    model = UndoTrainingModel(loaded.model)
+    return Engine(model, settings, make_optimizer(model, config.optimizer)), loaded.undo_row
+
+
+def _find_checkpoint(
+    config: RunConfig, plan: RunPlan, peers: ProcessPeers, folder: Path
+) -> checkpoints.Found | None:
+    """Rank 0 looks, verifies and decides; all obey."""
+    found = None
+    with peers.share_errors():
+        if peers.rank == 0:
+            found = checkpoints.find_newest(folder, report=lambda text: print(text, flush=True))
+            if found is not None:
+                if config.checkpoint.resume == "never":
+                    raise CheckpointError(
+                        f"{folder}: already holds checkpoints, and checkpoint.resume is never; "
+                        "choose another `output` or resume: auto"
+                    )
+                checkpoints.check_same_run(found.manifest["run"], plan.facts, found.folder)
+                if found.manifest["world_size"] != peers.world_size:
+                    raise CheckpointError(
+                        f"{found.folder}: was saved by {found.manifest['world_size']} ranks, and "
+                        f"{peers.world_size} were started; start as many"
+                    )
+    result: checkpoints.Found | None = peers.broadcast(found)
+    return result
+
+
+def _manifest_facts(
+    config: RunConfig, plan: RunPlan, ranks: Ranks, model: Any
+) -> dict[str, Any]:
+    import deepspeed
+    import transformers
+
+    return {
+        "run": plan.facts,
+        "name": config.name,
+        "world_size": ranks.world_size,
+        "tokenizer": plan.store.manifest["tokenizer"],
+        "semantics": config.undo.semantics,
+        "context": config.context,
+        "undo_token": config.undo.token,
+        "dtype": config.model.dtype,
+        "model_config": json.loads(model.lm.config.to_json_string(use_diff=False)),
+        "versions": {
+            "nmar_ds": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "deepspeed": deepspeed.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def _state() -> dict[str, Any]:
+    """Random-number state of this rank, as tensors (a safe loader refuses anything else)."""
+    state = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _restore(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,132 @@
+"""One optimizer step under ZeRO-3 against independent, unpacked, single-process autograd.
+
+Proof 2 and the ZeRO-3 half of proof 3: gradients are compared unclipped and in full, because a
+lost factor hides from AdamW (a 4x error moves the weights by 3e-6) and from clipping.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cases
+import numpy as np
+import pytest
+import torch
+from pool import RankPool
+
+MSFT = [0.0, 1.0, 0.0, 1.0, 1.0]
+SFT = [0.0, 1.0, 1.0, 1.0, 1.0]
+DEVIATION = 2
+TOLERANCE = 1e-5
+
+
+def gap(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
+    """max |a - b| / max |b| over all parameters together."""
+    assert a.keys() == b.keys()
+    largest = max(float(np.abs(value).max()) for value in b.values())
+    return max(float(np.abs(a[name] - b[name]).max()) for name in b) / largest
+
+
+def combine(parts: dict[int, dict[str, np.ndarray]], weights: list[float], divisor: float) -> Any:
+    """sum_k w_k G_k / D."""
+    return {
+        name: sum(weights[role] * parts[role][name] for role in range(5)) / divisor
+        for name in parts[0]
+    }
+
+
+def on_first(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rank 0's result, once all ranks are seen to agree."""
+    for other in results[1:]:
+        assert other["norm"] == results[0]["norm"]
+        for kind in ("gradients", "after"):
+            for name, value in results[0][kind].items():
+                np.testing.assert_array_equal(value, other[kind][name])
+    return results[0]
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("persistence", [0, 100_000], ids=["partitioned", "persistent"])
+def test_one_rank_gas_4_equals_two_ranks_gas_2_equals_one_big_batch(
+    one_rank: RankPool, two_ranks: RankPool, tied: bool, persistence: int
+) -> None:
+    arguments = {"tied": tied, "weights": MSFT, "persistence": persistence}
+    single = on_first(one_rank.run(cases.train_step, **arguments))
+    double = on_first(two_ranks.run(cases.train_step, **arguments))
+    assert (single["micro_batches"], double["micro_batches"]) == (4, 2)
+    assert single["traces"] == double["traces"]
+    for name, value in single["before"].items():
+        np.testing.assert_array_equal(value, double["before"][name])
+
+    parts, sums, counts = cases.reference_gradients(
+        single["before"], tied=tied, traces=single["traces"], dtype=torch.float64
+    )
+    assert counts[0] >= cases.LENGTH - 1, "a micro-batch with nothing trained belongs to the step"
+    divisor = float(counts[1:].sum())
+    expected = combine(parts, MSFT, divisor)
+    loss = float(np.dot(MSFT, sums)) / divisor
+    for result in (single, double):
+        assert gap(result["gradients"], expected) < TOLERANCE
+        assert result["loss"] == pytest.approx(loss, rel=TOLERANCE)
+        norm = np.sqrt(sum(float((value**2).sum()) for value in expected.values()))
+        assert result["norm"] == pytest.approx(norm, rel=TOLERANCE)
+        stepped = {n: single["before"][n] - 0.05 * expected[n] for n in expected}
+        moved = {n: result["after"][n] - result["before"][n] for n in expected}
+        should_move = {n: stepped[n] - single["before"][n] for n in expected}
+        # The weights are about 0.2 and move by less, so their rounding shows in the difference.
+        assert gap(moved, should_move) < 20 * TOLERANCE
+        assert gap(result["after"], stepped) < TOLERANCE
+
+
+@pytest.mark.parametrize("broken", ["gas", "world"])
+def test_a_lost_factor_is_seen(two_ranks: RankPool, broken: str) -> None:
+    result = on_first(
+        two_ranks.run(cases.train_step, tied=True, weights=MSFT, break_it=broken)
+    )
+    parts, _, counts = cases.reference_gradients(
+        result["before"], tied=True, traces=result["traces"], dtype=torch.float64
+    )
+    expected = combine(parts, MSFT, float(counts[1:].sum()))
+    assert gap(result["gradients"], expected) > 0.4
+
+
+def test_activation_checkpointing_changes_nothing(two_ranks: RankPool) -> None:
+    plain = on_first(two_ranks.run(cases.train_step, tied=True, weights=MSFT))
+    spared = on_first(
+        two_ranks.run(cases.train_step, tied=True, weights=MSFT, gradient_checkpointing=True)
+    )
+    assert gap(spared["gradients"], plain["gradients"]) < 1e-6
+
+
+def test_safety_gap_b_holds_under_zero3_with_the_common_denominator(two_ranks: RankPool) -> None:
+    """g_SFT - g_mSFT = G_e / D, with 2 ranks and 2 accumulation steps (SPEC section 4)."""
+    sft = on_first(two_ranks.run(cases.train_step, tied=True, weights=SFT))
+    msft = on_first(two_ranks.run(cases.train_step, tied=True, weights=MSFT))
+    assert sft["traces"] == msft["traces"]
+    parts, _, counts = cases.reference_gradients(
+        sft["before"], tied=True, traces=sft["traces"], dtype=torch.float64
+    )
+    divisor = float(counts[1:].sum())
+    seen = {n: sft["gradients"][n] - msft["gradients"][n] for n in sft["gradients"]}
+    expected = {n: value / divisor for n, value in parts[DEVIATION].items()}
+    assert gap(seen, expected) < TOLERANCE
+
+
+def test_safety_gap_b_fails_by_the_predicted_amount_under_trained(two_ranks: RankPool) -> None:
+    """g_SFT - g_mSFT = G_e/N - [N_e / (N (N - N_e))] (G_p + G_b + G_c) under `trained`."""
+    arguments = {"tied": True, "denominator": "trained"}
+    sft = on_first(two_ranks.run(cases.train_step, weights=SFT, **arguments))
+    msft = on_first(two_ranks.run(cases.train_step, weights=MSFT, **arguments))
+    parts, _, counts = cases.reference_gradients(
+        sft["before"], tied=True, traces=sft["traces"], dtype=torch.float64
+    )
+    total, wrong = float(counts[1:].sum()), float(counts[DEVIATION])
+    seen = {n: sft["gradients"][n] - msft["gradients"][n] for n in sft["gradients"]}
+    others = combine(parts, MSFT, 1.0)
+    predicted = {
+        n: parts[DEVIATION][n] / total - wrong / (total * (total - wrong)) * others[n]
+        for n in others
+    }
+    assert gap(seen, predicted) < TOLERANCE
+    plain = {n: value / total for n, value in parts[DEVIATION].items()}
+    assert gap(seen, plain) > 0.01, "the two denominators must be told apart"

@@ -1,0 +1,307 @@
+"""Segments, buckets, and what the attention refuses."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import FAMILIES, VOCAB, build
+
+from nmar_ds.errors import ConfigError
+from nmar_ds.model.attention import ATTENTION_NAME, check_supported, segment_attention
+from nmar_ds.model.segments import _PAIRS_PER_LAUNCH, _PAIRS_PER_TOKEN, SegmentLayout, _partition
+from nmar_ds.model.training_model import UndoTrainingModel
+
+torch.set_num_threads(1)
+lengths_strategy = st.lists(st.integers(1, 90), min_size=1, max_size=12)
+
+
+def _borders(lengths):
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+
+
+def _qkv(num_rows, length, heads, groups, width, dtype=torch.float64, *, seed=0):  # noqa: PLR0917
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(num_rows, count, length, width) for count in (heads, groups, groups)]
+    return [
+        torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes
+    ]
+
+
+def _naive(q, k, v, borders, scale):
+    """Every segment by itself, with written-out softmax."""
+    flat = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
+    repeat = q.shape[1] // k.shape[1]
+    out = torch.zeros_like(flat[0][..., : v.shape[-1]])
+    pieces = []
+    for start, end in pairwise(borders):
+        qs, ks, vs = (x[start:end].transpose(0, 1) for x in flat)
+        ks, vs = (x.repeat_interleave(repeat, dim=0) for x in (ks, vs))
+        scores = qs @ ks.transpose(1, 2) * scale
+        future = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
+        pieces.append((scores.masked_fill(future, -torch.inf).softmax(-1) @ vs).transpose(0, 1))
+    out = torch.cat(pieces)
+    return out.view(q.shape[0], q.shape[2], *out.shape[1:])
+
+
+@settings(max_examples=25, deadline=None)
+@given(lengths=lengths_strategy, groups=st.sampled_from([1, 2, 4]), seed=st.integers(0, 9))
+def test_equals_naive_attention_per_segment(lengths, groups, seed):
+    borders = _borders(lengths)
+    q, k, v = _qkv(1, int(borders[-1]), 4, groups, 8, seed=seed)
+    layout = SegmentLayout.from_cu_seqlens(borders)
+    ours = segment_attention(q, k, v, layout, 0.3)
+    naive = _naive(q, k, v, borders, 0.3)
+    torch.testing.assert_close(ours, naive, rtol=1e-11, atol=1e-11)
+    upstream = torch.randn_like(naive)
+    for a, b in zip(
+        torch.autograd.grad(ours, (q, k, v), upstream),
+        torch.autograd.grad(naive, (q, k, v), upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_segments_of_several_rows_and_padding():
+    """Two rows of 20; the second ends in 6 tokens of padding, whose output is zero."""
+    borders = np.array([0, 12, 20, 21, 34, 40])
+    q, k, v = _qkv(2, 20, 4, 2, 8)
+    padding = np.array([False, False, False, False, True])
+    ours = segment_attention(q, k, v, SegmentLayout.from_cu_seqlens(borders, padding=padding), 0.5)
+    naive = _naive(q, k, v, borders, 0.5)
+    torch.testing.assert_close(ours.flatten(0, 1)[:34], naive.flatten(0, 1)[:34])
+    assert not ours[1, 14:].any()
+    # the tail influences nothing, not even as NaN
+    with torch.no_grad():
+        for tensor in (q, k, v):
+            tensor[1, :, 14:] = torch.nan
+    again = segment_attention(q, k, v, SegmentLayout.from_cu_seqlens(borders, padding=padding), 0.5)
+    assert torch.equal(again.flatten(0, 1)[:34], ours.flatten(0, 1)[:34])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("lengths", [[5, 6, 7, 8], [16, 16, 16], [1, 1, 60, 3], [40, 41, 90]])
+def test_neighbours_change_no_bit(dtype, lengths):
+    borders = _borders(lengths)
+    layout = SegmentLayout.from_cu_seqlens(borders)
+    q, k, v = _qkv(1, int(borders[-1]), 4, 2, 8, dtype)
+    before = segment_attention(q, k, v, layout, 0.35)
+    for index, (start, end) in enumerate(pairwise(borders)):
+        others = _qkv(1, int(borders[-1]), 4, 2, 8, dtype, seed=index + 1)
+        if index == 0:  # whatever is in the other traces
+            for tensor in others:
+                tensor.data[:, :, end] = torch.nan
+                tensor.data[:, :, -1] = torch.inf
+        with torch.no_grad():
+            for mine, other in zip((q, k, v), others, strict=True):
+                other[:, :, start:end] = mine[:, :, start:end]
+        after = segment_attention(*others, layout, 0.35)
+        assert torch.equal(after[:, start:end], before[:, start:end])
+
+
+def test_value_width_may_differ():
+    borders = np.array([0, 5, 12])
+    q, k, _ = _qkv(1, 12, 4, 4, 8)
+    v = torch.randn(1, 4, 12, 6, dtype=torch.float64)
+    ours = segment_attention(q, k, v, SegmentLayout.from_cu_seqlens(borders), 0.3)
+    torch.testing.assert_close(ours, _naive(q, k, v, borders, 0.3))
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(1, 700), min_size=1, max_size=9))
+def test_buckets_are_the_cheapest_runs(lengths):
+    """Against brute force over all ways to cut the sorted lengths."""
+    ordered = np.sort(np.array(lengths, dtype=np.int64))
+
+    def cost(runs):
+        return sum(
+            _PAIRS_PER_LAUNCH
+            + (end - first) * (ordered[end - 1] ** 2 + _PAIRS_PER_TOKEN * ordered[end - 1])
+            for first, end in runs
+        )
+
+    runs = _partition(ordered)
+    assert [0, *(end for _, end in runs)] == [*(first for first, _ in runs), len(ordered)]
+    num = len(ordered)
+    best = np.inf
+    for bits in range(1 << (num - 1)):
+        cuts = [0, *(i + 1 for i in range(num - 1) if bits >> i & 1), num]
+        best = min(best, cost(list(pairwise(cuts))))
+    assert cost(runs) == best
+
+
+def test_equal_lengths_are_one_unpadded_kernel_call():
+    layout = SegmentLayout.from_cu_seqlens(_borders([32] * 8))
+    assert [bucket.num_segments for bucket in layout.buckets] == [8]
+    assert layout.buckets[0].slots is None
+
+
+def test_one_long_trace_does_not_pad_the_short_ones():
+    layout = SegmentLayout.from_cu_seqlens(_borders([900, *([60] * 10), 61]))
+    assert [bucket.padded_length for bucket in layout.buckets] == [61, 900]
+
+
+def test_padding_only_micro_batch_keeps_one_token():
+    layout = SegmentLayout.from_cu_seqlens(np.array([0, 500]), padding=np.array([True]))
+    assert layout.order.tolist() == [0]
+    assert layout.longest == 1
+    q, k, v = _qkv(1, 500, 2, 2, 4)
+    segment_attention(q, k, v, layout, 1.0).sum().backward()
+    assert q.grad is not None and k.grad is not None and v.grad is not None
+
+
+@pytest.mark.parametrize("borders", [[1, 4], [0, 4, 4], [0, 5, 3], [0], []])
+def test_wrong_borders_are_refused(borders):
+    with pytest.raises(ValueError, match="must rise strictly from 0"):
+        SegmentLayout.from_cu_seqlens(np.array(borders, dtype=np.int32))
+
+
+def test_tensor_borders():
+    layout = SegmentLayout.from_cu_seqlens(torch.tensor([0, 3, 5], dtype=torch.int32))
+    assert layout.num_tokens == 5
+    assert layout.longest == 3
+
+
+# --- inside a model -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_neighbours_change_no_bit_of_a_model_s_logits(family):
+    model = UndoTrainingModel(build(family))
+    borders = _borders([9, 1, 17, 13])
+    layout = SegmentLayout.from_cu_seqlens(borders)
+    positions = torch.cat([torch.arange(n) for n in np.diff(borders)])[None]
+    ids = torch.randint(VOCAB, (1, 40), generator=torch.Generator().manual_seed(1))
+    everywhere = torch.arange(40)
+    with torch.no_grad():
+        before = model(ids, positions, layout, mode="logits", positions_M=everywhere)
+        for start, end in pairwise(borders):
+            other = (ids + 1 + torch.arange(40) % 7) % VOCAB
+            other[:, start:end] = ids[:, start:end]
+            after = model(other, positions, layout, mode="logits", positions_M=everywhere)
+            assert torch.equal(after[start:end], before[start:end])
+            assert not torch.equal(after, before)
+
+
+def _call(model, **more):
+    ids = torch.arange(12)[None]
+    arguments = dict(input_ids=ids, position_ids=ids, use_cache=False)
+    return model(**{**arguments, **more})
+
+
+def _segments(*lengths, **more):
+    return SegmentLayout.from_cu_seqlens(_borders(lengths), **more)
+
+
+def test_a_call_without_layout_or_with_a_mask_is_refused():
+    model = build(attention=ATTENTION_NAME)
+    with pytest.raises(ConfigError, match="no segment_layout"):
+        _call(model)
+    with pytest.raises(ConfigError, match="attention_mask"):
+        _call(model, segment_layout=_segments(12), attention_mask=torch.ones(1, 12))
+    with pytest.raises(ConfigError, match="attention_mask"):
+        _call(model, segment_layout=_segments(12), attention_mask=torch.zeros(1, 1, 12, 12))
+    with pytest.raises(ConfigError, match="'output_attentions'"):
+        _call(model, segment_layout=_segments(12), output_attentions=True)
+    with pytest.raises(ValueError, match="layout of 9 tokens for a batch of 1 x 12"):
+        _call(model, segment_layout=_segments(9))
+
+
+def test_keys_from_a_cache_are_refused():
+    model = build(attention=ATTENTION_NAME)
+    cache = transformers.DynamicCache(config=model.config)
+    _call(model, segment_layout=_segments(12), use_cache=True, past_key_values=cache)
+    with pytest.raises(ConfigError, match="cache"):
+        _call(model, segment_layout=_segments(12), use_cache=True, past_key_values=cache)
+
+
+def test_sliding_window_counts_traces_and_not_padding():
+    model = build("mistral", sliding_window=6, attention=ATTENTION_NAME)
+    stock = build("mistral", sliding_window=6, attention="eager")
+    ours = _call(model, segment_layout=_segments(6, 6)).logits
+    expected = stock(input_ids=torch.arange(6)[None], use_cache=False).logits
+    torch.testing.assert_close(ours[:, :6], expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ConfigError, match=r"sliding_window: 6 is shorter than .*\(7 tokens\)"):
+        _call(model, segment_layout=_segments(5, 7))
+    padding = np.array([False, True])
+    _call(model, segment_layout=_segments(5, 7, padding=padding))
+
+
+def test_sliding_window_before_training():
+    config = transformers.MistralConfig(sliding_window=64)
+    check_supported(config, longest=64)
+    with pytest.raises(ConfigError, match=r"\(65 tokens\)"):
+        check_supported(config, longest=65)
+    # Qwen2 carries a window it does not use
+    check_supported(transformers.Qwen2Config(sliding_window=64), longest=65)
+    windowed = transformers.Qwen2Config(
+        sliding_window=64, use_sliding_window=True, max_window_layers=0
+    )
+    with pytest.raises(ConfigError, match="sliding_window"):
+        check_supported(windowed, longest=65)
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (transformers.Gemma2Config(), "attn_logit_softcapping: 50.0"),
+        (
+            transformers.Gemma2Config(attn_logit_softcapping=None),
+            "final_logit_softcapping: 30.0",
+        ),
+        (transformers.GraniteConfig(logits_scaling=8.0), "logits_scaling: 8.0"),
+        (transformers.CohereConfig(), "logit_scale: 0.0625"),
+        (transformers.LlamaConfig(attention_dropout=0.1), "attention_dropout: 0.1"),
+        (transformers.PhiConfig(resid_pdrop=0.2), "resid_pdrop: 0.2"),
+        (transformers.T5Config(), "not a causal decoder"),
+        (transformers.LlamaConfig(is_causal=False), "not a causal decoder"),
+        (
+            transformers.LlamaConfig(num_hidden_layers=1, layer_types=["linear_attention"]),
+            "layer_types: 'linear_attention'",
+        ),
+    ],
+)
+def test_unsupported_architectures_are_refused_by_name(config, name):
+    with pytest.raises(ConfigError, match=name):
+        check_supported(config)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_supported_families_pass(family):
+    config_class, own = FAMILIES[family]
+    check_supported(config_class(**own), longest=100)
+
+
+def test_unknown_keywords_of_a_layer_are_refused():
+    """gpt-oss hands its sinks over as `s_aux`; ignoring them would train another model."""
+    model = build(attention=ATTENTION_NAME)
+    with pytest.raises(ConfigError, match="'s_aux'"):
+        _call(model, segment_layout=_segments(12), s_aux=torch.zeros(4))
+    model.model.layers[0].self_attn.attention_dropout = 0.1
+    with pytest.raises(ConfigError, match="dropout is 0.1"):
+        _call(model.train(), segment_layout=_segments(12))
+    model = build(attention=ATTENTION_NAME)
+    model.model.layers[1].self_attn.is_causal = False
+    with pytest.raises(ConfigError, match="not causal"):
+        _call(model, segment_layout=_segments(12))
+
+
+def test_models_without_attention_interface_are_refused():
+    config = transformers.BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2)
+    with pytest.raises(ConfigError, match="AttentionInterface"):
+        UndoTrainingModel(transformers.BloomForCausalLM(config))
+
+
+def test_scores_use_the_model_s_scale():
+    """A model may set another scale than 1/sqrt(d)."""
+    borders = np.array([0, 4])
+    q, k, v = _qkv(1, 4, 2, 2, 8)
+    ours = segment_attention(q, k, v, SegmentLayout.from_cu_seqlens(borders), 0.9)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.9).transpose(1, 2)
+    torch.testing.assert_close(ours, expected)

@@ -1,0 +1,282 @@
+"""The stack decoder: parity with one-by-one decoding on a real model, guards on a scripted one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nmar_ds.errors import ConfigError, VocabularyError
+from nmar_ds.inference.decoding import Decoded, decode
+from nmar_ds.inference.sampling import sample
+
+VOCAB, UNDO, EOS, PAD = 40, 39, 2, 0
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def llama() -> LlamaForCausalLM:
+    """Random weights, scaled up so that argmaxes differ between contexts and stop tokens occur."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+        tie_word_embeddings=False, attn_implementation="sdpa",
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2:
+                weight.mul_(
+                    12.0 if "embed" in name or "q_proj" in name or "k_proj" in name else 4.0
+                )
+    return model
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[np.ndarray]:
+    rng = np.random.default_rng(1)
+    return [rng.integers(3, VOCAB - 1, size=n).astype(np.int32) for n in rng.integers(1, 30, 33)]
+
+
+def greedy_alone(model: Any, ids: list[int], limit: int, banned: bool = False) -> list[int]:
+    """The definition of greedy decoding: whole forwards, no cache, no padding, no batch."""
+    emitted: list[int] = []
+    while len(emitted) < limit and EOS not in emitted:
+        with torch.inference_mode():
+            logits = model(torch.tensor([ids + emitted]), use_cache=False).logits[0, -1]
+            if banned:
+                logits[UNDO] = -torch.inf
+        emitted.append(int(logits.argmax()))
+    return emitted
+
+
+def run(model: Any, prompts: list[np.ndarray], **changes: Any) -> list[Decoded]:
+    settings: dict[str, Any] = {
+        "undo_id": UNDO, "eos_id": EOS, "pad_id": PAD, "max_new_tokens": 24,
+    }  # fmt: skip
+    return decode(model, prompts, **(settings | changes))
+
+
+def same(left: list[Decoded], right: list[Decoded]) -> bool:
+    return all(np.array_equal(a.raw_ids, b.raw_ids) for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 33])
+def test_decode_ragged_batch_equals_whole_forwards_one_by_one(
+    llama: Any, prompts: list[np.ndarray], batch_size: int
+) -> None:
+    found = run(llama, prompts, batch_size=batch_size)
+    wanted = [greedy_alone(llama, prompt.tolist(), 24) for prompt in prompts]
+    assert [decoded.raw_ids.tolist() for decoded in found] == wanted
+    lengths = {len(ids) for ids in wanted}
+    assert len(lengths) > 3, "the test needs sequences that finish at different steps"
+    assert sum(decoded.num_undos for decoded in found) > 0, "and some undos"
+    for decoded, ids in zip(found, wanted, strict=True):
+        assert decoded.stop_reason == ("eos" if EOS in ids else "length")
+        assert decoded.num_undos == ids.count(UNDO)
+
+
+def test_decode_forced_ids_equal_a_longer_prompt_but_can_be_undone(
+    llama: Any, prompts: list[np.ndarray]
+) -> None:
+    rng = np.random.default_rng(2)
+    forced = [rng.integers(3, UNDO, size=n).astype(np.int32) for n in rng.integers(0, 9, 33)]
+    joined = [np.concatenate(pair) for pair in zip(prompts, forced, strict=True)]
+    force: dict[str, Any] = {"undo_bias": 1e6, "max_consecutive_undos": 3}  # three undos, then free
+    found, longer = run(llama, prompts, forced=forced, **force), run(llama, joined, **force)
+    for one, other, start in zip(found, longer, forced, strict=True):
+        assert one.raw_ids.tolist() == start.tolist() + other.raw_ids.tolist()
+        assert one.emitted_ids.tolist() == other.raw_ids.tolist()
+        assert one.num_forced == len(start)
+        assert one.num_strays == max(0, 3 - len(start)) and other.num_strays == 3
+        kept = start[: max(0, len(start) - 3)].tolist()
+        assert one.reduced_ids.tolist() == kept + other.reduced_ids.tolist()
+
+
+def test_decode_ban_equals_banned_one_by_one(llama: Any, prompts: list[np.ndarray]) -> None:
+    found = run(llama, prompts, undo_mode="ban")
+    wanted = [greedy_alone(llama, prompt.tolist(), 24, banned=True) for prompt in prompts]
+    assert [decoded.raw_ids.tolist() for decoded in found] == wanted
+    assert not any(decoded.undo_limited for decoded in found)
+
+
+def test_decode_sampling_is_reproducible_and_independent_of_the_batch(
+    llama: Any, prompts: list[np.ndarray]
+) -> None:
+    sampled = run(llama, prompts, temperature=3.0, top_p=0.9, seed=5)
+    assert same(sampled, run(llama, prompts, temperature=3.0, top_p=0.9, seed=5, batch_size=4))
+    assert not same(sampled, run(llama, prompts, temperature=3.0, top_p=0.9, seed=6))
+    assert not same(sampled, run(llama, prompts))
+    # A nucleus of almost no mass holds the likeliest token alone.
+    assert same(run(llama, prompts, temperature=1.0, top_p=1e-6), run(llama, prompts))
+
+
+class Scripted(torch.nn.Module):
+    """A model whose next token is a function of the position (real tokens before it, less one)."""
+
+    def __init__(self, script: Callable[[int], dict[int, float]]) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(VOCAB, 1)
+        self.config = LlamaConfig(
+            vocab_size=VOCAB, num_hidden_layers=1, max_position_embeddings=1000
+        )
+        self.script = script
+
+    def get_input_embeddings(self) -> torch.nn.Embedding:
+        return self.embedding
+
+    def forward(self, input_ids: Any, position_ids: Any, past_key_values: Any, **_: Any) -> Any:
+        states = torch.zeros(len(input_ids), 1, input_ids.shape[1], 1)
+        past_key_values.update(states, states, 0)
+        logits = torch.full((len(input_ids), 1, VOCAB), -50.0)
+        for row, position in enumerate(position_ids[:, -1].tolist()):
+            for token, value in self.script(position).items():
+                logits[row, 0, token] = value
+        return SimpleNamespace(logits=logits)
+
+
+PROMPT = [np.array([5, 6, 7], np.int32)]
+
+
+def play(tokens: list[int], **changes: Any) -> Decoded:
+    """Decode a script after the 3-token prompt; token 9 stands ready wherever one is banned."""
+    start = 2 + len(changes.get("forced", [[]])[0])
+    padded = tokens + [9] * 100
+    model = Scripted(lambda at: {9: 0.5, padded[at - start]: 1.0})
+    return run(model, PROMPT, **changes)[0]
+
+
+def test_decode_reduces_at_the_end_and_keeps_the_raw_ids() -> None:
+    decoded = play([10, 11, UNDO, 12, EOS])
+    assert decoded.raw_ids.tolist() == [10, 11, UNDO, 12, EOS]
+    assert decoded.reduced_ids.tolist() == [10, 12, EOS]
+    assert (decoded.num_undos, decoded.num_strays, decoded.stop_reason) == (1, 0, "eos")
+    assert not decoded.undo_limited
+
+
+def test_decode_never_pops_into_the_prompt() -> None:
+    decoded = play([10, UNDO, UNDO, UNDO, 11, EOS])
+    assert decoded.reduced_ids.tolist() == [11, EOS]
+    assert (decoded.num_undos, decoded.num_strays) == (3, 2)
+
+
+def test_decode_pops_forced_ids_down_to_the_prompt() -> None:
+    decoded = play([UNDO, UNDO, UNDO, 12, EOS], forced=[np.array([20, 21], np.int32)])
+    assert decoded.raw_ids.tolist() == [20, 21, UNDO, UNDO, UNDO, 12, EOS]
+    assert decoded.reduced_ids.tolist() == [12, EOS]
+    assert (decoded.num_forced, decoded.num_undos, decoded.num_strays) == (2, 3, 1)
+
+
+def test_decode_total_limit_bans_the_undo_from_then_on() -> None:
+    decoded = play([UNDO, 10, UNDO, 11, UNDO, UNDO, EOS], max_undos=2)
+    assert decoded.raw_ids.tolist() == [UNDO, 10, UNDO, 11, 9, 9, EOS]
+    assert decoded.undo_limited and decoded.num_undos == 2
+
+
+def test_decode_consecutive_limit_counts_only_undos_in_a_row() -> None:
+    script = [10, UNDO, UNDO, 11, UNDO, UNDO, UNDO, UNDO, UNDO, EOS]
+    decoded = play(script, max_consecutive_undos=3)
+    assert decoded.raw_ids.tolist() == [10, UNDO, UNDO, 11, UNDO, UNDO, UNDO, 9, 9, EOS]
+    assert decoded.undo_limited and decoded.num_undos == 5
+    assert not play(script, max_consecutive_undos=6).undo_limited
+
+
+def test_decode_length_is_bounded_without_a_stop_token() -> None:
+    decoded = play([UNDO] * 50, max_new_tokens=12, max_undos=100, max_consecutive_undos=100)
+    assert decoded.raw_ids.tolist() == [UNDO] * 12
+    assert (decoded.stop_reason, decoded.num_strays) == ("length", 12)
+    assert len(decoded.reduced_ids) == 0
+
+
+def test_decode_bias_makes_the_undo_likelier_by_that_much() -> None:
+    model = Scripted(lambda at: {10: 1.0, UNDO: 0.0} if at < 4 else {EOS: 1.0})
+    assert run(model, PROMPT, undo_bias=0.9)[0].num_undos == 0
+    assert run(model, PROMPT, undo_bias=1.1)[0].num_undos == 2
+    assert run(model, PROMPT, undo_bias=1.1, undo_mode="ban")[0].num_undos == 0
+
+
+def test_decode_sampling_follows_the_distribution_and_never_picks_a_banned_undo() -> None:
+    model = Scripted(lambda at: {10: np.log(0.6), 11: np.log(0.3), UNDO: np.log(0.1), 12: -99.0}
+                     if at == 2 else {EOS: 50.0})  # fmt: skip
+    many = PROMPT * 500
+    first = np.array([d.raw_ids[0] for d in run(model, many, temperature=1.0, batch_size=500)])
+    assert {int(token) for token in first} == {10, 11, UNDO}
+    assert abs((first == 10).mean() - 0.6) < 0.07
+    nucleus = run(model, many, temperature=1.0, top_p=0.85, batch_size=500)
+    assert {int(d.raw_ids[0]) for d in nucleus} == {10, 11}
+    banned = run(model, many, temperature=1.0, undo_mode="ban", undo_bias=9.0, batch_size=500)
+    assert UNDO not in {int(d.raw_ids[0]) for d in banned}
+
+
+def test_sample_inverts_the_distribution_at_a_temperature() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0, -torch.inf]]).expand(2000, -1)
+    draws = (torch.arange(2000) + 0.5) / 2000
+    tokens = sample(logits, draws, temperature=2.0, top_p=1.0)
+    shares = torch.bincount(tokens, minlength=4) / 2000
+    assert torch.allclose(shares, (logits[0] / 2).softmax(0), atol=1e-3)
+    # Nucleus: the two likeliest have .506 and .307; their ratio is kept, the rest is cut off.
+    tokens = sample(logits, draws, temperature=2.0, top_p=0.6)
+    share = float((tokens == 1).float().mean())
+    assert set(tokens.tolist()) == {1, 2}
+    assert share == pytest.approx(1 / (1 + np.exp(-0.5)), abs=1e-3)
+
+
+def test_sample_highest_draw_never_reaches_a_banned_token() -> None:
+    logits = torch.randn(4000, 50, generator=torch.Generator().manual_seed(0)) * 3
+    logits[:, 7] = -torch.inf
+    highest = torch.full((4000,), 1 - 2**-24)
+    assert 7 not in sample(logits, highest, temperature=1.0, top_p=1.0).tolist()
+
+
+def test_decode_positions_start_at_zero_whatever_the_padding() -> None:
+    model = Scripted(lambda at: {10 + at: 1.0} if at < 8 else {EOS: 1.0})
+    ragged = [np.arange(3, 3 + size, dtype=np.int32) for size in (2, 6, 1)]
+    found = run(model, ragged)
+    assert [d.raw_ids.tolist() for d in found] == [
+        [*range(9 + size, 18), EOS] for size in (2, 6, 1)
+    ]
+
+
+def test_decode_drops_finished_sequences_from_the_batch() -> None:
+    model = Scripted(lambda at: {10: 1.0} if at < 8 else {EOS: 1.0})
+    rows: list[int] = []
+    model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    run(model, [np.arange(3, 3 + size, dtype=np.int32) for size in (8, 6, 4, 2)])
+    assert rows == [4, 4, 3, 3, 2, 2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"max_new_tokens": 0}, ConfigError, "max_new_tokens: 0, expected at least 1"),
+        ({"max_new_tokens": 126}, ConfigError, "make 129, expected at most the model's 128"),
+        ({"temperature": -1.0}, ConfigError, "temperature: -1.0"),
+        ({"temperature": float("nan")}, ConfigError, "temperature: nan"),
+        ({"top_p": 0.0}, ConfigError, "top_p: 0.0"),
+        ({"undo_mode": "Ban"}, ConfigError, "undo_mode: 'Ban'"),
+        ({"undo_id": VOCAB}, VocabularyError, "id 40: beyond the model's vocabulary"),
+    ],
+)
+def test_decode_refuses_settings_in_one_line(
+    llama: Any, changes: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match="decoding: ") as caught:
+        run(llama, PROMPT, **changes)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_decode_refuses_an_empty_prompt(llama: Any) -> None:
+    with pytest.raises(ConfigError, match="prompt: no token"):
+        run(llama, [*PROMPT, np.empty(0, np.int32)])
+
+
+def test_decode_nothing_gives_nothing(llama: Any) -> None:
+    assert run(llama, []) == []

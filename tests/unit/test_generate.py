@@ -1,0 +1,237 @@
+"""Exported folders, generation, rendering, and the launcher's exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import examined
+import numpy as np
+import pytest
+import torch
+
+from nmar_ds.errors import ConfigError, NmarError, VocabularyError
+from nmar_ds.inference.exported import (
+    ExportSettings,
+    load_exported_tokenizer,
+    load_model,
+    read_settings,
+)
+from nmar_ds.inference.generation import encode_prompt, generate, show
+from nmar_ds.inference.rendering import Run, as_plain, as_rich, response_text, runs
+from nmar_ds.traces.builders import encode_record
+from nmar_ds.traces.encoding import Tokenizer
+from nmar_ds.traces.records import Record, TextTurn
+
+LAUNCHER = Path(__file__).parents[2] / "launcher" / "generate.py"
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return examined.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+    return examined.make_export(tmp_path_factory.mktemp("export"), tokenizer)
+
+
+def test_read_settings_returns_the_facts(export: Path, tokenizer: Tokenizer) -> None:
+    settings = read_settings(export)
+    assert settings == ExportSettings(
+        undo_id=tokenizer.undo_id, undo_token="<UNDO>", semantics="token", context="linear",
+        eos_id=tokenizer.eos_id, bos_id=tokenizer.bos_id, pad_id=tokenizer.pad_id,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+    )  # fmt: skip
+    assert load_exported_tokenizer(export, settings).undo_id == tokenizer.undo_id
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"context": "pruned"}, "context: 'pruned', expected 'linear'"),
+        ({"semantics": "span"}, "semantics: 'span', expected 'token'"),
+        ({"format_version": 2}, "format_version: 2, expected 1"),
+        ({"format_version": "absent"}, "format_version: None, expected 1"),
+        ({"eos_id": "absent"}, "eos_id: missing, expected a token id"),
+        ({"eos_id": None}, "eos_id: None, expected a token id"),
+        ({"undo_id": True}, "undo_id: True, expected a token id"),
+        ({"pad_id": -1}, "pad_id: -1, expected a token id or null"),
+        ({"undo_token": ""}, "undo_token: '', expected a string"),
+    ],
+)
+def test_read_settings_refuses_what_cannot_be_decoded(
+    export: Path, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_settings(examined.variant(export, tmp_path / "other", **changes))
+    assert words in str(caught.value) and "nmar.json: " in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"{", b"\xff\xfe"])
+def test_read_settings_refuses_a_broken_file(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "nmar.json").write_bytes(content)
+    with pytest.raises(ConfigError, match="expected a JSON object") as caught:
+        read_settings(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_read_settings_names_a_missing_folder_and_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such folder"):
+        read_settings(tmp_path / "none")
+    with pytest.raises(ConfigError, match=r"nmar.json: missing, expected a folder made by"):
+        read_settings(tmp_path)
+
+
+def test_load_exported_tokenizer_refuses_another_one(export: Path, tmp_path: Path) -> None:
+    other = examined.variant(export, tmp_path / "a", tokenizer_fingerprint="0" * 64)
+    with pytest.raises(VocabularyError, match="fingerprint"):
+        load_exported_tokenizer(other, read_settings(other))
+    other = examined.variant(export, tmp_path / "b", undo_id=5)
+    with pytest.raises(VocabularyError, match="undo_id: 5"):
+        load_exported_tokenizer(other, read_settings(other))
+
+
+def test_load_model_refuses_a_folder_without_weights(export: Path, tmp_path: Path) -> None:
+    other = examined.variant(export, tmp_path / "other")
+    (other / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="not loadable as a model") as caught:
+        load_model(other)
+    assert "\n" not in str(caught.value)
+
+
+def spell(tokenizer: Tokenizer, *texts: str | int) -> np.ndarray:
+    """Ids of a response: texts, and numbers of undos."""
+    parts = [
+        np.full(text, tokenizer.undo_id) if isinstance(text, int)
+        else tokenizer.encode(text, continuation=True)
+        for text in texts
+    ]  # fmt: skip
+    return np.concatenate(parts).astype(np.int32)
+
+
+def test_runs_split_a_response_by_fate_and_origin(tokenizer: Tokenizer) -> None:
+    prompt = tokenizer.encode("Reverse: sun\n", continuation=False)
+    wrong = tokenizer.encode(" lamp", continuation=True)
+    ids = spell(tokenizer, "sun", " lamp", len(wrong), " mat", 0)
+    num_forced = len(ids) - len(spell(tokenizer, len(wrong), " mat"))
+    found = list(runs(tokenizer, prompt, ids, undo_id=tokenizer.undo_id, num_forced=num_forced))
+    assert [(run.kind, run.forced, run.text) for run in found] == [
+        ("kept", True, "sun"),
+        ("undone", True, " lamp"),
+        ("undo", False, ""),
+        ("kept", False, " mat"),
+    ]
+    assert sum(run.num_tokens for run in found) == len(ids)
+    assert list(runs(tokenizer, prompt, ids[:0], undo_id=tokenizer.undo_id)) == []
+
+
+def test_plain_and_rich_show_what_was_undone() -> None:
+    parts = [
+        Run("kept", True, "sun", 1), Run("undone", True, " lamp", 3), Run("undo", False, "", 3),
+        Run("kept", False, " mat", 1), Run("undo", False, "", 1),
+    ]  # fmt: skip
+    assert as_plain(iter(parts), "<UNDO>") == "sun[- lamp-]<UNDO>x3 mat<UNDO>"
+    line = as_rich(iter(parts), "<UNDO>")
+    assert line.plain == "sun lamp<UNDO>x3 mat<UNDO>"
+    styles = {line.plain[span.start : span.end]: str(span.style) for span in line.spans}
+    assert styles[" lamp"] == "red strike underline" and styles["<UNDO>x3"] == "bold magenta"
+
+
+def test_generate_equals_transformers_where_no_undo_is_emitted(
+    export: Path, tokenizer: Tokenizer
+) -> None:
+    settings, model = read_settings(export), load_model(export)
+    prompt = "7. Reverse: sun mat lamp tree\n"
+    found = generate(model, tokenizer, settings, prompt, max_new_tokens=20, undo_mode="ban")
+    ids = torch.tensor([encode_prompt(prompt, tokenizer).tolist()])
+    wanted = model.generate(
+        ids, max_new_tokens=20, do_sample=False, suppress_tokens=[tokenizer.undo_id],
+        eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.eos_id,
+    )[0, ids.shape[1] :]  # fmt: skip
+    assert found.decoded.raw_ids.tolist() == wanted.tolist()
+    free = generate(model, tokenizer, settings, prompt, max_new_tokens=20)
+    assert free.decoded.num_undos > 0, "the test model should undo now and then"
+    assert any(run.kind == "undone" for run in free.runs)
+    assert free.reduced == response_text(
+        tokenizer, encode_prompt(prompt, tokenizer), free.decoded.reduced_ids
+    )
+
+
+def test_encode_prompt_is_that_of_training(tokenizer: Tokenizer) -> None:
+    for text in ["7. Reverse: sun\n", " sun", "<UNDO>", "sun<UNDO>sun"]:
+        record = Record(path="x", line=1, turns=(TextTurn(prompt=text, reference="sun"),))
+        (turn,) = encode_record(record, tokenizer).turns
+        ids = encode_prompt(text, tokenizer)
+        assert ids.tolist() == turn.prompt_ids.tolist()
+        assert tokenizer.undo_id not in ids
+    with pytest.raises(NmarError, match="prompt"):
+        encode_prompt("\N{SNOWMAN}", tokenizer)
+
+
+def test_show_prints_raw_beside_reduced(
+    export: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, model = read_settings(export), load_model(export)
+    found = generate(model, tokenizer, settings, "7. Reverse: sun\n", max_new_tokens=30)
+    show(found, "raw")
+    assert capsys.readouterr().out == as_plain(iter(found.runs), "<UNDO>") + "\n"
+    show(found, "reduced")
+    assert capsys.readouterr().out == found.reduced + "\n"
+    show(found, "both")
+    out = capsys.readouterr().out
+    assert "--- raw\n" in out and f"--- reduced\n{found.reduced}\n" in out
+    assert f"{found.decoded.num_undos} undos" in out
+
+
+def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(LAUNCHER), *arguments], capture_output=True, text=True, timeout=60
+    )
+
+
+def test_launcher_generates(export: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(b"7. Reverse: sun mat\n")
+    common = ["--model", str(export), "--max-new-tokens", "12", "--show", "reduced"]
+    done = launch(*common, "--prompt-file", str(file), "--undo", "ban")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout) > 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "words"),
+    [
+        ({"context": "pruned"}, ["--prompt", "x"], "context: 'pruned'"),
+        ({"tokenizer_fingerprint": "0"}, ["--prompt", "x"], "fingerprint"),
+        ({}, ["--prompt-file", "/nowhere/p.txt"], "/nowhere/p.txt: No such file"),
+    ],
+)
+def test_launcher_refuses_in_one_line_and_at_once(
+    export: Path, tmp_path: Path, changes: dict[str, Any], arguments: list[str], words: str
+) -> None:
+    folder = examined.variant(export, tmp_path / "other", **changes)
+    start = time.perf_counter()
+    done = launch("--model", str(folder), *arguments)
+    seconds = time.perf_counter() - start
+    assert done.returncode == 2 and done.stdout == ""
+    assert words in done.stderr and done.stderr.count("\n") == 1
+    # Without torch: loading it alone takes longer than this on a quiet machine.
+    assert seconds < 5
+    loaded = json.loads(
+        subprocess.run(
+            [sys.executable, "-c",
+             "import sys, json, runpy, contextlib\n"
+             f"sys.argv = {[str(LAUNCHER), '--model', str(folder), *arguments]!r}\n"
+             "with contextlib.suppress(SystemExit): "
+             f"runpy.run_path({str(LAUNCHER)!r}, run_name='__main__')\n"
+             "print(json.dumps([m in sys.modules for m in ('torch', 'transformers')]))"],
+            capture_output=True, text=True, check=True,
+        ).stdout
+    )  # fmt: skip
+    assert loaded == [False, False]

@@ -1,0 +1,168 @@
+"""Measures over ids, each against a case counted by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from nmar_ds.inference.metrics import (
+    Pops,
+    Rate,
+    Recovery,
+    answered,
+    auroc,
+    detection_latency,
+    first_wrong,
+    judge_pops,
+    judge_recovery,
+    leading_undos,
+    num_revisits,
+    overhead,
+    transitions,
+    wilson,
+)
+
+U, EOS = 99, 2
+
+
+def ids(*tokens: int) -> np.ndarray:
+    return np.array(tokens, np.int32)
+
+
+def test_wilson_matches_published_values() -> None:
+    # Newcombe 1998, Statistics in Medicine 17:857, table I, method 3 (score, no correction).
+    for num, of, low, high in [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605),
+                               (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)]:  # fmt: skip
+        assert wilson(num, of) == pytest.approx((low, high), abs=5e-5)
+    assert wilson(20, 20) == pytest.approx((1 - 0.1611, 1.0), abs=5e-5)
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+def test_rate_counts_and_has_no_value_of_nothing() -> None:
+    rate = Rate.over([True, False, True, True])
+    assert (rate.num, rate.of, rate.value) == (3, 4, 0.75)
+    report = rate.as_dict()
+    assert (report["num"], report["of"], report["value"]) == (3, 4, 0.75)
+    assert (report["low"], report["high"]) == wilson(3, 4)
+    assert Rate.over([]).value is None
+
+
+def test_transitions_divide_by_their_own_side() -> None:
+    banned = [True, True, True, False, False]
+    reduced = [True, False, True, True, False]
+    gained, lost = transitions(banned, reduced)
+    assert (gained.num, gained.of) == (1, 2)
+    assert (lost.num, lost.of) == (1, 3)
+
+
+REFERENCE = ids(10, 11, 12, EOS)
+
+
+@pytest.mark.parametrize(
+    ("raw", "popped_right", "popped_wrong", "num_wrong"),
+    [
+        (REFERENCE, 0, 0, 0),
+        (ids(10, 50, U, 11, 12, EOS), 0, 1, 1),  # found and repaired
+        (ids(10, 50, 51, U, U, U, 10, 11, 12, EOS), 1, 2, 2),  # one pop too many
+        (ids(10, 50, 51, U, 11, 12, EOS), 0, 1, 5),  # one too few: all that follows is wrong
+        (ids(10, 11, U, 11, 12, EOS), 1, 0, 0),  # a false undo
+        (ids(U, 10, 11, 12, EOS), 0, 0, 0),  # a stray pops nothing
+        (ids(10, 11, 12, EOS, 13), 0, 0, 1),  # beyond the end
+        (ids(11, 10), 0, 0, 2),  # a token of the reference at the wrong place is wrong
+    ],
+)
+def test_judge_pops_by_hand(
+    raw: np.ndarray, popped_right: int, popped_wrong: int, num_wrong: int
+) -> None:
+    found = judge_pops(raw, REFERENCE, undo_id=U)
+    assert found == Pops(popped_right=popped_right, popped_wrong=popped_wrong, num_wrong=num_wrong)
+
+
+def test_judge_pops_follows_the_semantics() -> None:
+    # Under `reset` one undo takes the right 10 with the wrong 50.
+    found = judge_pops(ids(10, 50, U, 10, 11, 12, EOS), REFERENCE, undo_id=U, semantics="reset")
+    assert found == Pops(popped_right=1, popped_wrong=1, num_wrong=1)
+
+
+def test_first_wrong_is_the_first_mismatch_even_when_undone() -> None:
+    assert first_wrong(ids(10, 50, U, 11, 12, EOS), REFERENCE, undo_id=U) == 1
+    assert first_wrong(ids(10, 11, U, 11, 60), REFERENCE, undo_id=U) == 4
+    assert first_wrong(REFERENCE, REFERENCE, undo_id=U) is None
+
+
+def test_leading_undos() -> None:
+    assert leading_undos(ids(U, U, 10, U), U) == 2
+    assert leading_undos(ids(10, U), U) == 0
+    assert leading_undos(ids(U, U), U) == 2
+    assert leading_undos(ids(), U) == 0
+
+
+def test_detection_latency_counts_tokens_from_the_first_wrong_one() -> None:
+    assert detection_latency(ids(10, 50, U), 1, U) == 1
+    assert detection_latency(ids(10, U, 50, 51, 52, U), 2, U) == 3
+    assert detection_latency(ids(10, 50, 51), 1, U) is None
+
+
+@pytest.mark.parametrize(
+    ("emitted", "undone", "exact", "over", "parroted"),
+    [
+        (ids(U, U, 11, 12), True, True, False, False),
+        (ids(U, 11, U), True, False, False, False),
+        (ids(U, U, U, 10), True, False, True, False),
+        (ids(12, U, U), False, False, False, None),
+        (ids(U, U, 50, 51, U, U), True, True, False, True),
+        (ids(U, U, 50, 12), True, True, False, False),  # only its first token again
+        (ids(U, U), True, True, False, False),
+    ],
+)
+def test_judge_recovery_of_a_deviation_of_two(
+    emitted: np.ndarray, undone: bool, exact: bool, over: bool, parroted: bool | None
+) -> None:
+    found = judge_recovery(emitted, ids(50, 51), num_expected=2, undo_id=U)
+    assert found == Recovery(undone=undone, exact=exact, over=over, parroted=parroted)
+
+
+def test_num_revisits_counts_returns_to_an_earlier_content() -> None:
+    assert num_revisits(ids(10, 50, U, 11), undo_id=U) == 0
+    assert num_revisits(ids(10, 50, U, 50, U, 50, U, 11), undo_id=U) == 2
+    # The same token on another stack is another content.
+    assert num_revisits(ids(10, 50, U, 11, 50), undo_id=U) == 0
+    # [10] after popping everything, then [10, 11]: both had been there.
+    assert num_revisits(ids(10, 11, U, U, 10, 11), undo_id=U) == 2
+
+
+def test_overhead_is_emitted_over_kept() -> None:
+    assert overhead([ids(10, 50, U, 11), ids(10, 11)], [ids(10, 11), ids(10, 11)]) == 6 / 4
+    assert overhead([ids(10, U)], [ids()]) is None
+
+
+def test_auroc_counts_ties_half() -> None:
+    # Of the 6 pairs the positive wins (.9>.1, .9>.5, .9>.2, .5>.1, .5>.2) and ties once.
+    assert auroc([0.9, 0.5], [0.1, 0.5, 0.2]) == pytest.approx(5.5 / 6)
+    assert auroc([0.0], [1.0]) == 0.0
+    assert auroc([], [1.0]) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "right"),
+    [
+        ("1+1=2", None, True),
+        ("1+1=2 ", None, False),
+        ("so 15+1=16", "16", True),
+        ("so 15+1=16\n", "16", True),
+        ("16", "16", True),
+        ("so 15+1=116", "16", False),
+        ("so it is -16", "16", False),
+        ("so it is 1.16", "16", False),
+        ("so it is 16.", "16", False),
+        ("the answer is cat", "cat", True),
+        ("the answer is bobcat", "cat", False),
+        ("keep ['-27']", "['-27']", True),
+        ("x = -27", "-27", True),
+        ("x = 3-27", "-27", False),
+        ("", "16", False),
+    ],
+)
+def test_answered(text: str, answer: str | None, right: bool) -> None:
+    assert answered(text, stopped=True, reference="1+1=2", answer=answer) is right
+    assert not answered(text, stopped=False, reference="1+1=2", answer=answer)
