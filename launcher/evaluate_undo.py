@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(options)
     except NmarError as error:
-        print(f"evaluate_undo: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
 
 

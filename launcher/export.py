@@ -15,8 +15,8 @@ from pathlib import Path
 from nmar_ds.errors import NmarError
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -26,7 +26,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an earlier export at --output"
     )
-    arguments = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    arguments = parse(argv)
     try:
         from nmar_ds.training.export import export_checkpoint
 

@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(options)
     except NmarError as error:
-        print(f"generate: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

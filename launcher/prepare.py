@@ -15,8 +15,8 @@ from nmar_ds.config import load_config
 from nmar_ds.errors import NmarError
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -24,7 +24,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="a.b=c", help="values that replace the file's"
     )
-    arguments = parser.parse_intermixed_args(argv)
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    arguments = parse(argv)
     try:
         config = load_config(arguments.config, arguments.overrides)
         from nmar_ds.data.prepare import prepare_run

@@ -6,6 +6,7 @@ python launcher/show.py --store store/train --rows 2 --sequence-length 512 | les
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -68,8 +69,11 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     try:
         run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except NmarError as error:
-        print(f"show: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

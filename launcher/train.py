@@ -18,7 +18,7 @@ from nmar_ds.errors import DivergenceError, IsolationError, LaunchError, NmarErr
 from nmar_ds.training.ranks import complete_environment, discover_ranks
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments; `deepspeed` itself inserts --local_rank, which the environment repeats."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -36,7 +36,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
-    arguments = parse_arguments(argv)
+    arguments = parse(argv)
     ranks = None
     try:
         config = load_config(arguments.config, arguments.overrides)

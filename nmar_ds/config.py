@@ -216,13 +216,15 @@ class CheckpointSection(Section):
 
 
 class ZeroSection(Section):
-    """DeepSpeed ZeRO-3 knobs; the defaults are DeepSpeed's."""
+    """ZeRO-3 knobs; the defaults are DeepSpeed's, but for `gather_whole_layers`."""
 
     overlap_comm: bool = True
     reduce_bucket_size: PositiveInt = 500_000_000
     prefetch_bucket_size: PositiveInt = 50_000_000
     param_persistence_threshold: Annotated[int, Field(ge=0)] = 100_000
     max_live_parameters: PositiveInt = 1_000_000_000
+    gather_whole_layers: bool = True
+    """Gather a decoder layer's parameters at once: fewer hooks and larger messages."""
 
 
 class RunConfig(Section):

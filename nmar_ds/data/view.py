@@ -155,13 +155,16 @@ def row_view(
         if index < 0:
             yield Text(f"+-- padding: {end - start} tokens", style="bright_black")
         else:
-            yield from _trace_view(batch, start, end, index, weights, tokenizer, origin)
+            yield from _trace_view(
+                batch, start, end, index=index, weights=weights, tokenizer=tokenizer, origin=origin
+            )
 
 
 def _trace_view(
     batch: Batch,
     start: int,
     end: int,
+    *,
     index: int,
     weights: Weights,
     tokenizer: Pieces,

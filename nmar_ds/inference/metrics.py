@@ -43,7 +43,7 @@ class Rate:
 
     @property
     def value(self) -> float | None:
-        """num / of, None where nothing could have happened."""
+        """Num / of, None where nothing could have happened."""
         return self.num / self.of if self.of else None
 
     def as_dict(self) -> dict[str, float | int | None]:

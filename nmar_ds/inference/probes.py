@@ -136,7 +136,8 @@ def make_probes(
         problems: to be probed.
         family: every held-out problem of the family: wrong values are slices of their references.
         tokenizer: for the classes of pieces.
-        name: of the family; with `seed` and the record's line it fixes the probe.
+        name: of the family.
+        seed: with the family and the record's place it fixes a probe.
         max_length: deviations have 1 to this many tokens, uniformly.
 
     Returns:

@@ -54,7 +54,7 @@ def role_weights(preset: str, custom: Mapping[str, float] | None = None) -> Floa
     for label in table:
         if label not in ROLE_BY_LABEL:
             near = difflib.get_close_matches(label, ROLE_BY_LABEL, n=1)
-            raise ConfigError(f"{key}.{label}: no such role, expected {near[0] if near else ''}")
+            raise ConfigError(f"{key}.{label}: no such role, expected {near[0] if near else ', '.join(ROLE_BY_LABEL)}")
     weights = np.zeros(NUM_ROLES)
     for label, role in ROLE_BY_LABEL.items():
         if label not in table:

@@ -273,7 +273,9 @@ class Pool:
         piece_class = int(self._tokenizer.class_of[right_id])
         places, firsts = entry.places[piece_class], entry.firsts[piece_class]
         # Places are sorted by their first piece, so those of the right piece are one stretch.
-        left, end = firsts.searchsorted((right_id, right_id + 1)).tolist()
+        # Asked in their own dtype: another would copy all of them for each question.
+        asked = np.array([right_id, right_id + 1], dtype=firsts.dtype)
+        left, end = firsts.searchsorted(asked).tolist()
         num_others = len(places) - (end - left)
         if num_others == 0:
             return None

@@ -21,9 +21,9 @@ WORD_MARK = "\u2581"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 MAX_SENTENCE_BYTES = 2**20
 CONTROLS = ("<s>", "</s>", "<pad>")
-# Learnt where bytes are a fallback, so that a literal "<0x41>" is spelt out and never taken for
-# the byte piece of that name in an exported tokenizer.
-BYTE_PIECE_CHARACTERS = "<0x>123456789ABCDEF"
+# Learnt where bytes are a fallback, so that a literal "<0x41>" or "<unk>" is spelt out and never
+# taken for the piece of that name in an exported tokenizer.
+BYTE_PIECE_CHARACTERS = "<0x>123456789ABCDEFunk"
 
 
 class SentencePieceVocabulary(Tokenizer):
@@ -212,10 +212,18 @@ def _sentences(texts: Iterable[str], phrases: Sequence[str]) -> Iterator[str]:
     step = MAX_SENTENCE_BYTES // 4
     longest_first = sorted(phrases, key=len, reverse=True)
     border = re.compile("|".join(re.escape(phrase) for phrase in longest_first) or r"(?!)")
+    line_ends = ""
     for text in texts:
         for part in border.split(text):
             for start in range(0, len(part), step):
-                yield part[start : start + step]
+                # The trainer drops line ends at the end of a sentence, and would never learn
+                # them: they are moved to the front, of the next one if need be.
+                sentence = line_ends + part[start : start + step]
+                body = sentence.rstrip("\r\n")
+                line_ends = sentence[len(body) :]
+                if body:
+                    yield line_ends + body
+                    line_ends = ""
 
 
 def _processor(model: Any, add_dummy_prefix: bool) -> Any:

@@ -263,7 +263,7 @@ def _verify(folder: Path, *, checksums: bool) -> dict[str, Any]:
     present = {item.name for item in folder.iterdir()} - {MANIFEST}
     for name in sorted(present ^ set(entries)):
         what = "is not in the manifest" if name in present else "is missing"
-        raise CheckpointError(f"{folder / name}: {what}")
+        raise CheckpointError(f"{folder}: {name} {what}")
     for name, (size, digest) in entries.items():
         file = folder / name
         if file.is_symlink() or not file.is_file():

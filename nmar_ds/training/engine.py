@@ -11,7 +11,7 @@ import datetime
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ import deepspeed.ops  # noqa: E402
 from deepspeed.runtime.fp16.loss_scaler import LossScaler  # noqa: E402
 from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
+from deepspeed.utils import set_z3_leaf_modules  # noqa: E402
 
 # The two globals a genuine ZeRO-3 checkpoint names besides tensors.
 torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum])
@@ -162,11 +163,21 @@ class Engine:
             gathers parameters only inside that call.
         settings: from `deepspeed_config`.
         optimizer: over the model's parameters.
+        whole_modules: class names of modules whose parameters are gathered all at once, with one
+            pair of hooks instead of one per submodule. For a decoder layer that saves a fifth of
+            a small model's step on a CPU and costs one layer's parameters in memory.
     """
 
     def __init__(
-        self, model: torch.nn.Module, settings: dict[str, Any], optimizer: torch.optim.Optimizer
+        self,
+        model: torch.nn.Module,
+        settings: dict[str, Any],
+        optimizer: torch.optim.Optimizer,
+        *,
+        whole_modules: Sequence[str] = (),
     ) -> None:
+        if whole_modules:
+            set_z3_leaf_modules(model, list(whole_modules))
         self._engine, *_ = deepspeed.initialize(model=model, config=settings, optimizer=optimizer)
         self.world_size = torch.distributed.get_world_size()
         self.rank = torch.distributed.get_rank()

@@ -84,7 +84,9 @@ def full_state(found: Found) -> dict[str, Any]:
     assert os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] == "1"
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with contextlib.redirect_stdout(io.StringIO()):
+    # It narrates on both streams; what goes wrong it raises.
+    noise = io.StringIO()
+    with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
         state = get_fp32_state_dict_from_zero_checkpoint(
             str(found.folder.parent), tag=found.folder.name
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,7 @@ def asked_settings(config: RunConfig, part: str) -> dict[str, Any]:
     """The settings that decide what a prepared store holds, by their configuration keys."""
     traces = config.data.traces
     return {
+        "undo.token": config.undo.token,
         "undo.semantics": config.undo.semantics,
         "context": config.context,
         "seed": config.seed,
@@ -120,6 +122,7 @@ def made_settings(manifest: dict[str, Any]) -> dict[str, Any]:
     builder = manifest["builder"]
     sources = [source["path"] for source in manifest["sources"]]
     return {
+        "undo.token": manifest["tokenizer"]["undo_token"],
         "undo.semantics": manifest["semantics"],
         "context": manifest["context"],
         "seed": manifest["seed"],
@@ -157,7 +160,7 @@ def plan_run(config: RunConfig) -> RunPlan:
     total_steps = config.training.steps
     if total_steps is None:
         assert config.training.epochs is not None
-        # Rounded first: 1.1 epochs of 10 steps is 11.000000000000002 in floating point.
+        # Rounded first: 2.2 epochs of 25 steps is 55.00000000000001 in floating point.
         total_steps = max(1, math.ceil(round(config.training.epochs * steps_per_epoch, 6)))
     if config.optimizer.warmup_steps > total_steps:
         raise ConfigError(
@@ -175,11 +178,22 @@ def plan_run(config: RunConfig) -> RunPlan:
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
         untrained=untrained,
-        facts=_facts(config, plan, fingerprint, total_steps),
+        facts=_facts(config, plan, store.manifest, total_steps),
     )
 
 
-def _facts(config: RunConfig, plan: Plan, tokenizer: str, total_steps: int) -> dict[str, Any]:
+def _content(manifest: dict[str, Any]) -> str:
+    """sha256 over a store's ids and roles: the plan knows lengths only."""
+    digest = hashlib.sha256()
+    for name, entry in sorted(manifest["files"].items()):
+        if name.endswith((".ids.bin", ".roles.bin")):
+            digest.update(f"{name} {entry['sha256']}\n".encode())
+    return digest.hexdigest()
+
+
+def _facts(
+    config: RunConfig, plan: Plan, manifest: dict[str, Any], total_steps: int
+) -> dict[str, Any]:
     """Everything that decides the result, flat, so that a difference can be named."""
     flat: dict[str, Any] = {
         "seed": config.seed,
@@ -189,7 +203,8 @@ def _facts(config: RunConfig, plan: Plan, tokenizer: str, total_steps: int) -> d
         "training.global_batch_rows": config.training.global_batch_rows,
         "total_steps": total_steps,
         "plan": plan.fingerprint(),
-        "tokenizer": tokenizer,
+        "data": _content(manifest),
+        "tokenizer": manifest["tokenizer"]["fingerprint"],
     }
     for section in ("model", "objective", "optimizer"):
         for name, value in getattr(config, section).model_dump(mode="json").items():

@@ -16,6 +16,7 @@ from nmar_ds import __version__
 from nmar_ds.config import RunConfig, deepspeed_config
 from nmar_ds.data.loader import Batch, RowLoader
 from nmar_ds.errors import CheckpointError
+from nmar_ds.model.attention import check_supported
 from nmar_ds.model.canary import CanaryReport, run_canary
 from nmar_ds.model.loading import load_model, trainable_parameters
 from nmar_ds.model.training_model import UndoTrainingModel
@@ -199,8 +200,13 @@ def _build_engine(
         },
         seed=config.seed,
     )
+    check_supported(loaded.model.config, longest=int(plan.store.lengths.max()))
     model = UndoTrainingModel(loaded.model)
-    return Engine(model, settings, make_optimizer(model, config.optimizer)), loaded.undo_row
+    layers = sorted(loaded.model._no_split_modules or ()) if config.zero.gather_whole_layers else []
+    engine = Engine(
+        model, settings, make_optimizer(model, config.optimizer), whole_modules=layers
+    )
+    return engine, loaded.undo_row
 
 
 def _find_checkpoint(

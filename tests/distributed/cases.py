@@ -102,6 +102,7 @@ def train_step(
     persistence: int = 0,
     learning_rate: float = 0.05,
     gradient_checkpointing: bool = False,
+    whole_layers: bool = True,
     break_it: str | None = None,
 ) -> dict[str, Any]:
     """One optimizer step of the real loop over a global batch of 4 rows.
@@ -145,7 +146,12 @@ def train_step(
                 kept.update(self.full_gradients())
             super().step()
 
-    engine = Recording(model, ds_settings, make_optimizer(model, config.optimizer))
+    engine = Recording(
+        model,
+        ds_settings,
+        make_optimizer(model, config.optimizer),
+        whole_modules=["LlamaDecoderLayer"] if whole_layers else [],
+    )
     if break_it == "gas":  # DeepSpeed's default: divide by the accumulation steps as well
         engine.backward = lambda loss: engine._engine.backward(loss)  # type: ignore[method-assign]
     if break_it == "world":
@@ -245,3 +251,152 @@ def reference_gradients(
 
 
 __all__ = ["OptimizerSection", "TrainingSection", "ZeroSection"]
+
+
+class Quiet:
+    """A monitor that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        pass
+
+    def progress(self, step: int, values: dict[str, float]) -> None:
+        pass
+
+    def advance(self) -> None:
+        pass
+
+
+def poisoned_run(*, bad_steps: list[int], kind: str, on_rank: int, dtype: str) -> dict[str, Any]:
+    """Run 6 steps in which one rank's loss is not finite at some; report what the loop did."""
+    import torch.distributed as dist
+
+    from nmar_ds.config import ModelSection, deepspeed_config
+    from nmar_ds.data.loader import RowLoader, count_targets
+    from nmar_ds.data.packing import best_fit_decreasing
+    from nmar_ds.errors import DivergenceError
+    from nmar_ds.model.loading import load_model
+    from nmar_ds.model.training_model import UndoTrainingModel
+    from nmar_ds.training.engine import Engine, make_optimizer
+    from nmar_ds.training.loop import TrainingLoop
+
+    config, _ = settings(2, global_rows=4, persistence=0, learning_rate=0.05)
+    section = ModelSection(config=model_keys(True), dtype=dtype)
+    config = config.model_copy(update={"model": section})
+    ds_settings = deepspeed_config(config, world_size=2)
+    ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    loaded = load_model(
+        section, ds_settings, tokenizer_size=VOCAB, undo_id=UNDO, ids=ids, seed=3
+    )
+    model = UndoTrainingModel(loaded.model)
+    engine = Engine(model, ds_settings, make_optimizer(model, config.optimizer))
+    traces = make_traces()
+    source = ListSource(traces)
+    loader = RowLoader(
+        source,
+        best_fit_decreasing([len(i) for i, _ in traces], LENGTH),
+        count_targets(len(traces), source.roles),
+        seed=1,
+        global_batch_rows=4,
+        micro_batch_rows=1,
+        rank=dist.get_rank(),
+        world_size=2,
+        pad_id=0,
+    )
+    monitor = Quiet()
+    weights_at: list[float] = []
+    loop = TrainingLoop(
+        engine,
+        loader,
+        weights=np.array([0.0, 1.0, 0.0, 1.0, 1.0]),
+        denominator_kind="common",
+        optimizer=config.optimizer,
+        training=config.training,
+        total_steps=6,
+        monitor=monitor,  # type: ignore[arg-type]
+        save=lambda step: None,
+        save_every=None,
+        measure_heldout=dict,
+        stop_requested=lambda: False,
+    )
+    plain = engine.backward
+    state = {"step": 0, "micro": 0}
+
+    def poisoned(loss: torch.Tensor) -> None:
+        if state["step"] in bad_steps and dist.get_rank() == on_rank and state["micro"] == 0:
+            loss = loss * float(kind)
+        plain(loss)
+        state["micro"] = (state["micro"] + 1) % loader.accumulation_steps
+        if state["micro"] == 0:
+            state["step"] += 1
+
+    engine.backward = poisoned  # type: ignore[method-assign]
+
+    def checksum() -> float:
+        return sum(float(value.double().sum()) for value in engine.full_weights().values())
+
+    agreed = loop._agree
+
+    def watching(done: int, sums: Any, applied: bool) -> bool:
+        weights_at.append(checksum())
+        return agreed(done, sums, applied)
+
+    loop._agree = watching  # type: ignore[method-assign]
+    error = None
+    try:
+        loop.run(0)
+    except DivergenceError as caught:
+        error = str(caught)
+    return {
+        "error": error,
+        "total": loop.nonfinite_total,
+        "lines": monitor.lines,
+        "weights": weights_at,
+    }
+
+
+def save_pretrained_folder(folder: str, *, rows: int, tied: bool) -> None:
+    """A tiny Llama folder with `rows` embedding rows, on the calling process alone."""
+    import transformers
+
+    keys = model_keys(tied)
+    keys.pop("model_type")
+    torch.manual_seed(7)
+    config = transformers.LlamaConfig(**keys, vocab_size=rows)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def load_folder(folder: str, *, undo_id: int, dtype: str) -> dict[str, Any]:
+    """Load a folder under ZeRO-3 with ranks seeded differently; the weights the engine holds."""
+    import torch.distributed as dist
+
+    from nmar_ds.config import ModelSection, deepspeed_config
+    from nmar_ds.model.loading import load_model
+    from nmar_ds.model.training_model import UndoTrainingModel
+    from nmar_ds.training.engine import Engine, make_optimizer
+
+    config, _ = settings(2, global_rows=4, persistence=0, learning_rate=0.05)
+    section = ModelSection(path=folder, dtype=dtype)
+    config = config.model_copy(update={"model": section})
+    ds_settings = deepspeed_config(config, world_size=dist.get_world_size())
+    ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    loaded = load_model(
+        section,
+        ds_settings,
+        tokenizer_size=undo_id + 1,
+        undo_id=undo_id,
+        ids=ids,
+        seed=100 + dist.get_rank(),  # new rows sampled per rank would differ
+    )
+    model = UndoTrainingModel(loaded.model)
+    engine = Engine(model, ds_settings, make_optimizer(model, config.optimizer))
+    return {
+        "weights": {n: v.float().numpy() for n, v in engine.full_weights().items()},
+        "vocab_size": engine.module.lm.config.vocab_size,  # type: ignore[union-attr]
+        "report": loaded.undo_row,
+    }

@@ -90,10 +90,19 @@ def test_a_lost_factor_is_seen(two_ranks: RankPool, broken: str) -> None:
     assert gap(result["gradients"], expected) > 0.4
 
 
-def test_activation_checkpointing_changes_nothing(two_ranks: RankPool) -> None:
+@pytest.mark.parametrize("whole_layers", [True, False])
+def test_activation_checkpointing_and_gathering_change_nothing(
+    two_ranks: RankPool, whole_layers: bool
+) -> None:
     plain = on_first(two_ranks.run(cases.train_step, tied=True, weights=MSFT))
     spared = on_first(
-        two_ranks.run(cases.train_step, tied=True, weights=MSFT, gradient_checkpointing=True)
+        two_ranks.run(
+            cases.train_step,
+            tied=True,
+            weights=MSFT,
+            gradient_checkpointing=True,
+            whole_layers=whole_layers,
+        )
     )
     assert gap(spared["gradients"], plain["gradients"]) < 1e-6
 

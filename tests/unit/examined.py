@@ -16,7 +16,9 @@ from nmar_ds.traces.encoding import Tokenizer, train_sentencepiece
 WORDS = "sun mat lamp tree stone river cloud bread horse music".split()
 
 
-def records(num: int, *, group: str = "words", seed: int = 0, first: int = 0) -> list[dict[str, Any]]:
+def records(
+    num: int, *, group: str = "words", seed: int = 0, first: int = 0
+) -> list[dict[str, Any]]:
     """Word lists to be reversed; `first` sets a running number apart, so prompts are unique."""
     rng = np.random.default_rng(seed)
     rows = []
@@ -40,7 +42,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 def make_tokenizer(folder: Path) -> Tokenizer:
     texts = [row[key] for row in records(200) for key in ("prompt", "reference")]
     folder.mkdir(exist_ok=True)
-    return train_sentencepiece([*texts, "<UNDO>-é"], folder / "tokenizer.model", vocab_size=90)
+    return train_sentencepiece([*texts, "<UNDO>\n-é"], folder / "tokenizer.model", vocab_size=90)
 
 
 def make_export(folder: Path, tokenizer: Tokenizer, **changes: Any) -> Path:
@@ -53,7 +55,6 @@ def make_export(folder: Path, tokenizer: Tokenizer, **changes: Any) -> Path:
     model = LlamaForCausalLM(config)
     with torch.no_grad():
         model.lm_head.weight.mul_(8)
-        model.lm_head.weight[tokenizer.undo_id].mul_(3)  # undos now and then
     model.save_pretrained(folder)
     tokenizer.save_transformers(folder)
     tokenizer.save(folder / "nmar_tokenizer")

@@ -18,6 +18,7 @@ from nmar_ds.errors import IsolationError
 from nmar_ds.model import training_model
 from nmar_ds.model.attention import ATTENTION_NAME, register
 from nmar_ds.model.canary import NUM_CALLS, run_canary
+from nmar_ds.model.probe import sampled_positions
 from nmar_ds.model.training_model import UndoTrainingModel
 from nmar_ds.model.weighting import role_weights
 
@@ -121,7 +122,18 @@ def test_masked_rows_get_weights_to_check_the_loss_with():
     assert "no row has a trained target" in report.notes[0]
 
 
-def test_long_traces_are_sampled_at_both_ends():
+@pytest.mark.parametrize(("start", "end"), [(0, 1), (3, 67), (10, 75), (100, 5000)])
+def test_sampled_positions_hold_both_ends(start, end):
+    places = sampled_positions(start, end)
+    assert len(places) <= 64
+    assert (np.diff(places) > 0).all()
+    edge = min(16, end - start)
+    assert places[:edge].tolist() == list(range(start, start + edge))
+    assert places[-edge:].tolist() == list(range(end - edge, end))
+    assert np.diff(places).max(initial=1) <= (end - start) / 25 + 1
+
+
+def test_long_traces_are_sampled():
     batch = _batch([[0, 1, 2]], lengths=[100, 120, 80], length=300)
     model = UndoTrainingModel(build())
     sizes = []
@@ -340,6 +352,15 @@ def test_wrong_losses_are_caught(monkeypatch, change, dtype):
     _with_loss(monkeypatch, change)
     with pytest.raises(IsolationError, match=r"row \d, .*targets: loss"):
         _run(model, dtype=dtype)
+
+
+def test_a_shift_that_hides_within_bfloat16_is_caught_by_the_likeliest_targets(monkeypatch):
+    """In a fresh model all true targets cost about ln(V), whichever row they are taken from."""
+    lm = build(dtype=torch.bfloat16, initializer_range=0.02, vocab_size=2000)
+    batch = _batch([[0, 1, 2]], lengths=[100, 120, 70], length=300)
+    _with_loss(monkeypatch, _shifted)
+    with pytest.raises(IsolationError, match="the likeliest targets: loss against naive"):
+        _run(UndoTrainingModel(lm), batch, dtype=torch.bfloat16, weights="sft")
 
 
 def test_a_forgotten_head_bias_is_caught(monkeypatch):

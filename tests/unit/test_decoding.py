@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from nmar_ds.errors import ConfigError, VocabularyError
 from nmar_ds.inference.decoding import Decoded, decode
@@ -65,6 +65,19 @@ def run(model: Any, prompts: list[np.ndarray], **changes: Any) -> list[Decoded]:
 
 def same(left: list[Decoded], right: list[Decoded]) -> bool:
     return all(np.array_equal(a.raw_ids, b.raw_ids) for a, b in zip(left, right, strict=True))
+
+
+def test_decode_ragged_batch_is_right_with_sliding_windows(prompts: list[np.ndarray]) -> None:
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=12, initializer_range=0.4,
+    )  # fmt: skip
+    model = MistralForCausalLM(config).eval()
+    found = run(model, prompts, batch_size=7)
+    wanted = [greedy_alone(model, prompt.tolist(), 24) for prompt in prompts]
+    assert [decoded.raw_ids.tolist() for decoded in found] == wanted
+    assert len({len(ids) for ids in wanted}) > 2
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 33])

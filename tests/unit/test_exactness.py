@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import Traces, build, gap, gradients, pack, reference_nll, reference_sums, run_ours
 
+from nmar_ds.model import training_model
 from nmar_ds.model.segments import SegmentLayout
 from nmar_ds.model.training_model import UndoTrainingModel
 from nmar_ds.model.weighting import role_weights
@@ -128,6 +130,32 @@ def test_nothing_trained_gives_zero_gradients_for_every_parameter(tied, rows):
     for name, parameter in lm.named_parameters():
         assert parameter.grad is not None, name
         assert not parameter.grad.any(), name
+
+
+def test_one_row_goes_through_the_head_where_nothing_is_trained(monkeypatch):
+    """SPEC 3: the same collectives on every rank, whatever its targets."""
+    right, num_rows = training_model.weighted_cross_entropy, []
+
+    def spy(hidden, *arguments, **more):
+        num_rows.append(len(hidden))
+        return right(hidden, *arguments, **more)
+
+    monkeypatch.setattr(training_model, "weighted_cross_entropy", spy)
+    run_ours(UndoTrainingModel(build()), pack(Traces(LENGTHS), [[]], LENGTH), MSFT)
+    assert num_rows == [1]
+
+
+def test_masked_targets_do_not_go_through_the_head(monkeypatch):
+    traces = Traces(LENGTHS)
+    right, num_rows = training_model.weighted_cross_entropy, []
+
+    def spy(hidden, *arguments, **more):
+        num_rows.append(len(hidden))
+        return right(hidden, *arguments, **more)
+
+    monkeypatch.setattr(training_model, "weighted_cross_entropy", spy)
+    run_ours(UndoTrainingModel(build()), pack(traces, [[4]], LENGTH), MSFT)
+    assert num_rows == [int(np.isin(traces.roles(4)[1:], [1, 3, 4]).sum())]
 
 
 def test_untrained_roles_are_reported_on_demand_and_change_nothing():

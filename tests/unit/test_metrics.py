@@ -68,6 +68,7 @@ REFERENCE = ids(10, 11, 12, EOS)
         (ids(10, 11, U, 11, 12, EOS), 1, 0, 0),  # a false undo
         (ids(U, 10, 11, 12, EOS), 0, 0, 0),  # a stray pops nothing
         (ids(10, 11, 12, EOS, 13), 0, 0, 1),  # beyond the end
+        (ids(10, 50, 12, EOS), 0, 0, 3),  # right places on a wrong stack are wrong
         (ids(11, 10), 0, 0, 2),  # a token of the reference at the wrong place is wrong
     ],
 )

@@ -84,9 +84,9 @@ def test_the_fullest_row_that_fits_is_taken() -> None:
     # 60 and 50 open rows with room 40 and 50; 35 fits both and belongs into the fuller one.
     plan = check([60, 50, 35], 100)
     assert [sorted(plan.row(row).tolist()) for row in range(plan.num_rows)] == [[0, 2], [1]]
-    # Of rows with equal room any will do, but of several rooms the least that fits.
-    plan = check([90, 80, 70, 25, 15, 5], 100)
-    assert sorted(plan.row_sums(np.array([90, 80, 70, 25, 15, 5])).tolist()) == [95, 95, 95]
+    # Rooms 10, 20, 30: 25 leaves 5 of the 30, 15 leaves 5 of the 20, 5 fills one of these.
+    lengths = np.array([90, 80, 70, 25, 15, 5])
+    assert sorted(check(lengths, 100).row_sums(lengths).tolist()) == [90, 95, 100]
 
 
 def test_ties_keep_the_order_of_the_store() -> None:
@@ -128,8 +128,10 @@ def test_lengths_outside_a_row_are_refused(lengths: list[int], bad: int, size: i
 def test_row_sums_of_vectors_match_a_loop() -> None:
     rng = np.random.default_rng(1)
     plan = best_fit_decreasing(rng.integers(1, 33, size=100), 64)
-    values = rng.integers(0, 2**31 - 1, size=(100, 5)).astype(np.int32)  # sums overflow int32
-    expected = np.array([values[plan.row(row)].sum(axis=0, dtype=np.int64) for row in range(plan.num_rows)])
+    values = rng.integers(0, 2**40, size=(100, 5))
+    expected = np.array(
+        [values[plan.row(row)].sum(axis=0, dtype=np.int64) for row in range(plan.num_rows)]
+    )
     sums = plan.row_sums(values)
     assert sums.dtype == np.int64 and np.array_equal(sums, expected)
     assert np.array_equal(plan.row_sums(values[:, 0]), expected[:, 0])

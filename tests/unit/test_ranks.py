@@ -16,7 +16,9 @@ from nmar_ds.training.ranks import (
 )
 
 
-def launched(rank: object = 0, local: object = 0, world: object = 1, **more: object) -> dict[str, str]:
+def launched(
+    rank: object = 0, local: object = 0, world: object = 1, **more: object
+) -> dict[str, str]:
     values = {
         "RANK": rank,
         "LOCAL_RANK": local,
@@ -129,7 +131,12 @@ def test_a_launched_process_keeps_its_meeting_place() -> None:
 
 def test_threads_are_shared_out_unless_the_user_chose(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)), raising=False)
-    for chosen, sizes in [("", (12, 6, 4, 1)), ("0", (12, 6, 4, 1)), ("x", (12, 6, 4, 1)), ("3", (3,) * 4)]:
+    for chosen, sizes in [
+        ("", (12, 6, 4, 1)),
+        ("0", (12, 6, 4, 1)),
+        ("x", (12, 6, 4, 1)),
+        ("3", (3,) * 4),
+    ]:
         monkeypatch.setenv("OMP_NUM_THREADS", chosen)
         got = tuple(threads_per_rank(ranks(0, 0, 64, local)) for local in (1, 2, 3, 64))
         assert got == sizes

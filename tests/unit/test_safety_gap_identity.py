@@ -76,7 +76,7 @@ def _combine(factors, tensors):
 @pytest.mark.parametrize("preset", ["sft", "msft"])
 @pytest.mark.parametrize("role", [3, 4], ids=["undo", "correction"])
 def test_undo_and_correction_terms_are_the_same_under_both(
-    family, tied, exact, bound, preset, role
+    family, tied, exact, bound, *, preset, role
 ):
     """(a): take the other terms out of the objective's gradient; what is left is G_k / D."""
     expected = _role_gradients(family, tied, exact)

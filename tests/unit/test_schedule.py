@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from nmar_ds.config import OptimizerSection
@@ -43,11 +45,13 @@ def test_never_above_peak_nor_below_floor_and_only_falls_after_the_warm_up() -> 
             assert max(values) == pytest.approx(0.3)
             assert all(value <= 0.3 + 1e-12 for value in values)
             assert all(value >= 0.06 - 1e-12 for value in values[warmup:])
-            assert all(a < b for a, b in zip(values[:warmup], values[1:warmup], strict=False))
-            assert all(a > b for a, b in zip(values[warmup:], values[warmup + 1 :], strict=False))
+            assert all(a < b for a, b in pairwise(values[:warmup]))
+            assert all(a > b for a, b in pairwise(values[warmup:]))
 
 
 def test_constant_when_the_floor_is_the_peak_and_the_end_is_the_floor() -> None:
     assert rates(5, section(0.3, floor=1.0)) == pytest.approx([0.3] * 5)
     assert learning_rate(5, 5, section(0.3, floor=0.25)) == pytest.approx(0.075)
+    assert learning_rate(1, 1, section(0.3, floor=0.25)) == pytest.approx(0.075)
+    assert learning_rate(1, 1, section(0.3, warmup=1)) == pytest.approx(0.3)
     assert rates(1, section(0.3, warmup=1)) == pytest.approx([0.3])

@@ -1,0 +1,761 @@
+"""Checkpoints: dying anywhere leaves a good one, damage anywhere is refused, retention is safe."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nmar_ds.errors import CheckpointError
+from nmar_ds.training import checkpoints
+from nmar_ds.training.checkpoints import (
+    LATEST,
+    MANIFEST,
+    Found,
+    check_same_run,
+    find_newest,
+    folder_name,
+    publish,
+    retain,
+    sha256_file,
+    step_folders,
+    verify,
+    write_atomically,
+)
+
+RANK_0_POINTS = ["before_manifest", "after_manifest", "after_rename", "after_latest"]
+OWN_POINTS = ["before_write", "after_write", "after_hash"]
+SMALL = 200
+
+
+class Died(BaseException):
+    """Stands for kill -9: no handler of the code under test may see it."""
+
+
+class Alone:
+    rank, world_size = 0, 1
+
+    def barrier(self) -> None: ...
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+
+class Table:
+    """What the peers of one run share: a real barrier, and a slot per rank."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self.barrier = threading.Barrier(world_size, timeout=20)
+        self.slots: list[Any] = [None] * world_size
+
+
+class ThreadPeers:
+    def __init__(self, table: Table, rank: int) -> None:
+        self.table, self.rank, self.world_size = table, rank, table.world_size
+
+    def barrier(self) -> None:
+        try:
+            self.table.barrier.wait()
+        except threading.BrokenBarrierError:
+            raise Died("a peer is gone") from None
+
+    def gather(self, value: Any) -> list[Any]:
+        self.table.slots[self.rank] = json.loads(json.dumps(value))  # nothing shared by accident
+        self.barrier()
+        result = list(self.table.slots)
+        self.barrier()
+        return result
+
+    def broadcast(self, value: Any) -> Any:
+        return self.gather(value)[0]
+
+
+def rank_of_thread() -> int:
+    return int(threading.current_thread().name.removeprefix("rank"))
+
+
+def content(step: int, name: str) -> bytes:
+    return np.random.default_rng([step, *name.encode()]).bytes(SMALL)
+
+
+def files_of(rank: int) -> list[str]:
+    names = [
+        f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt",
+        f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt",
+    ]
+    return [*names, "mp_rank_00_shared.pt"] if rank == 0 else names
+
+
+def saver(step: int, rank: int) -> Callable[[Path, str], None]:
+    def save(folder: Path, tag: str) -> None:
+        (folder / tag).mkdir(exist_ok=True)
+        for name in files_of(rank):
+            (folder / tag / name).write_bytes(content(step, name))
+        if rank == 0:  # as DeepSpeed does
+            (folder / "zero_to_fp32.py").write_text("raise SystemExit('executed')")
+
+    return save
+
+
+Save = Callable[[int, int], Callable[[Path, str], None]]
+
+
+def publish_together(
+    folder: Path, step: int, *, world: int = 2, keep: int = 2, save: Save = saver
+) -> list[BaseException | None]:
+    """Publish as `world` ranks in threads; what each of them ended with."""
+    table = Table(world)
+    ends: list[BaseException | None] = [None] * world
+
+    def run(rank: int) -> None:
+        try:
+            publish(
+                save(step, rank), folder, step=step, facts={"run": {"seed": 1}, "cursor": step},
+                peers=ThreadPeers(table, rank), keep=keep,
+            )  # fmt: skip
+        except BaseException as error:
+            ends[rank] = error
+            if not isinstance(error, CheckpointError):  # that one is raised by all, in their time
+                table.barrier.abort()
+
+    threads = [
+        threading.Thread(target=run, args=(rank,), name=f"rank{rank}") for rank in range(world)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive(), "a rank hangs"
+    return ends
+
+
+def publish_alone(folder: Path, step: int, keep: int = 2, **facts: Any) -> Path:
+    return publish(saver(step, 0), folder, step=step, facts=facts, peers=Alone(), keep=keep)
+
+
+def newest(folder: Path) -> tuple[int | None, list[str]]:
+    said: list[str] = []
+    found = find_newest(folder, said.append)
+    if found is None:
+        return None, said
+    assert verify(found.folder) == found.manifest
+    for name in found.manifest["files"]:
+        assert (found.folder / name).read_bytes() == content(found.step, name)
+    return found.step, said
+
+
+@pytest.fixture
+def points(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[str], None]], None]]:
+    yield lambda replacement: monkeypatch.setattr(checkpoints, "reached", replacement)
+
+
+# -- publishing ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_published_checkpoint_is_whole_and_found(world: int, tmp_path: Path) -> None:
+    for step in (10, 20):
+        assert publish_together(tmp_path, step, world=world) == [None] * world
+    assert newest(tmp_path) == (20, [])
+    manifest = verify(tmp_path / "step-00000020")
+    assert (manifest["step"], manifest["cursor"], manifest["run"]) == (20, 20, {"seed": 1})
+    assert set(manifest["files"]) == {name for rank in range(world) for name in files_of(rank)}
+    assert (tmp_path / LATEST).read_text() == "step-00000020\n"
+    # DeepSpeed's scripts are gone, and nothing else is left over.
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000010", "step-00000020", LATEST}
+    for name, entry in manifest["files"].items():
+        path = tmp_path / "step-00000020" / name
+        assert entry == {"size": SMALL, "sha256": sha256_file(path)}
+
+
+def test_publish_returns_the_folder_and_a_run_without_peers_works(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "er"
+    assert find_newest(folder, pytest.fail) is None
+    folder.mkdir(parents=True)
+    assert find_newest(folder, pytest.fail) is None
+    assert publish_alone(folder, 3) == folder / folder_name(3)
+    assert newest(folder) == (3, [])
+
+
+def test_the_order_is_the_contract(
+    tmp_path: Path, points: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is on disk at each point, and that all of it is synced before the next step."""
+    publish_alone(tmp_path, 10)
+    final, partial = tmp_path / "step-00000020", tmp_path / "step-00000020.partial"
+    events: list[str] = []
+    real_fsync = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        events.append("sync " + Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        real_fsync(descriptor)
+
+    def look(point: str) -> None:
+        events.append(point)
+        state = (
+            partial.exists(),
+            (partial / MANIFEST).exists(),
+            final.exists(),
+            (tmp_path / LATEST).read_text().strip(),
+        )
+        assert (
+            state
+            == {
+                "before_write": (False, False, False, "step-00000010"),
+                "after_write": (True, False, False, "step-00000010"),
+                "after_hash": (True, False, False, "step-00000010"),
+                "before_manifest": (True, False, False, "step-00000010"),
+                "after_manifest": (True, True, False, "step-00000010"),
+                "after_rename": (False, False, True, "step-00000010"),
+                "after_latest": (False, False, True, "step-00000020"),
+            }[point]
+        )
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    points(look)
+    publish_alone(tmp_path, 20)
+    assert events == [
+        "before_write",
+        "after_write",
+        *[f"sync {name}" for name in sorted(files_of(0))],
+        "after_hash",
+        "before_manifest",
+        "sync manifest.json.tmp",
+        "sync step-00000020.partial",
+        "after_manifest",
+        f"sync {tmp_path.name}",
+        "after_rename",
+        "sync latest.tmp",
+        f"sync {tmp_path.name}",
+        "after_latest",
+    ]
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_the_manifest_waits_for_the_slowest_rank(
+    slow: int, tmp_path: Path, points: Callable[..., None]
+) -> None:
+    order: list[tuple[int, str]] = []
+
+    def look(point: str) -> None:
+        if rank_of_thread() == slow and point in ("before_write", "after_write"):
+            time.sleep(0.1)
+        order.append((rank_of_thread(), point))
+
+    points(look)
+    assert publish_together(tmp_path, 10) == [None, None]
+    assert newest(tmp_path) == (10, [])
+    written = [order.index((rank, "after_write")) for rank in (0, 1)]
+    hashed = [order.index((rank, "after_hash")) for rank in (0, 1)]
+    assert max(written) < min(hashed) and max(hashed) < order.index((0, "before_manifest"))
+    assert [point for rank, point in order if rank == 0] == OWN_POINTS + RANK_0_POINTS
+    assert [point for rank, point in order if rank == 1] == OWN_POINTS
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first", "second"])
+@pytest.mark.parametrize(
+    ("victim", "point"),
+    [(0, point) for point in OWN_POINTS + RANK_0_POINTS] + [(1, point) for point in OWN_POINTS],
+)
+def test_dying_anywhere_leaves_the_newest_whole_checkpoint(
+    victim: int, point: str, first: bool, tmp_path: Path, points: Callable[..., None]
+) -> None:
+    if not first:
+        assert publish_together(tmp_path, 10) == [None, None]
+
+    def die(at: str) -> None:
+        if at == point and rank_of_thread() == victim:
+            raise Died(point)
+
+    for _ in range(3):  # dying there again and again
+        points(die)
+        ends = publish_together(tmp_path, 20)
+        assert all(isinstance(end, Died) for end in ends)
+        renamed = point in ("after_rename", "after_latest")
+        expected = 20 if renamed else None if first else 10
+        assert newest(tmp_path) == (expected, [])
+        points(lambda _: None)
+    assert publish_together(tmp_path, 20) == [None, None]
+    assert newest(tmp_path) == (20, [])
+    assert (tmp_path / LATEST).read_text() == "step-00000020\n"
+    assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("point", RANK_0_POINTS)
+def test_a_peer_that_dies_while_rank_0_commits_does_no_harm(
+    point: str, tmp_path: Path, points: Callable[..., None]
+) -> None:
+    assert publish_together(tmp_path, 10) == [None, None]
+    peers: list[ThreadPeers] = []
+
+    class Recorded(ThreadPeers):
+        def __init__(self, table: Table, rank: int) -> None:
+            super().__init__(table, rank)
+            peers.append(self)
+
+    def die(at: str) -> None:
+        if at == point:
+            peers[0].table.barrier.abort()  # rank 1 waits in the broadcast
+
+    points(die)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "ThreadPeers", Recorded)
+        ends = publish_together(tmp_path, 20)
+    assert all(isinstance(end, Died) for end in ends)
+    assert newest(tmp_path) == (20, [])
+
+
+def test_leftovers_of_saves_that_died_are_removed_by_the_next(
+    tmp_path: Path, points: Callable[..., None]
+) -> None:
+    def die(at: str) -> None:
+        if at == "after_write":
+            raise Died(at)
+
+    points(die)
+    with pytest.raises(Died):
+        publish_alone(tmp_path, 20)
+    assert [path.name for path in tmp_path.glob("*.partial")] == ["step-00000020.partial"]
+    with pytest.raises(Died):
+        publish_alone(tmp_path, 30)
+    assert [path.name for path in tmp_path.glob("*.partial")] == ["step-00000030.partial"]
+    # A rank file of a larger world, and one that nobody writes any more.
+    stale = tmp_path / "step-00000030.partial"
+    (stale / "zero_pp_rank_7_mp_rank_00_model_states.pt").write_bytes(b"old")
+    (stale / "older.pt").write_bytes(b"old")
+    points(lambda _: None)
+    publish_alone(tmp_path, 30)
+    assert newest(tmp_path) == (30, [])
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_files_nobody_answers_for_are_not_published(tmp_path: Path) -> None:
+    publish_alone(tmp_path, 10)
+
+    def save(folder: Path, tag: str) -> None:
+        saver(20, 0)(folder, tag)
+        (folder / tag / "zero_pp_rank_1_mp_rank_00_model_states.pt").write_bytes(b"x")
+
+    with pytest.raises(CheckpointError, match=r"zero_pp_rank_1_.* appeared or vanished"):
+        publish(save, tmp_path, step=20, facts={}, peers=Alone(), keep=2)
+    assert newest(tmp_path) == (10, [])
+
+
+# -- a rank that cannot write ----------------------------------------------------------------
+
+FULL_DISK = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+@pytest.mark.parametrize("error", [FULL_DISK, RuntimeError("inline_container.cc: write failed")])
+def test_a_full_disk_on_one_rank_is_everyones_error_and_costs_nothing(
+    broken: int, error: Exception, tmp_path: Path
+) -> None:
+    assert publish_together(tmp_path, 10) == [None, None]
+
+    def save(step: int, rank: int) -> Callable[[Path, str], None]:
+        def write(folder: Path, tag: str) -> None:
+            saver(step, rank)(folder, tag)
+            if rank == broken:
+                raise error
+
+        return write
+
+    ends = publish_together(tmp_path, 20, save=save)
+    for end in ends:
+        assert isinstance(end, CheckpointError)
+        assert f"rank {broken}" in str(end) and str(error) in str(end)
+    assert not (tmp_path / "step-00000020.partial").exists()
+    assert newest(tmp_path) == (10, [])
+    assert publish_together(tmp_path, 20) == [None, None]  # and the next one succeeds
+    assert newest(tmp_path) == (20, [])
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+@pytest.mark.parametrize("function", ["_sync", "sha256_file"])
+def test_an_error_while_hashing_is_everyones_error(
+    broken: int, function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert publish_together(tmp_path, 10) == [None, None]
+
+    def fail(_: Path) -> str:
+        if rank_of_thread() == broken:
+            raise OSError(errno.EIO, "Input/output error")
+        return ""
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, function, fail)
+        ends = publish_together(tmp_path, 20)
+    assert all(isinstance(end, CheckpointError) and f"rank {broken}" in str(end) for end in ends)
+    assert newest(tmp_path) == (10, []) and not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("point", ["before_manifest", "after_manifest"])
+def test_an_error_while_committing_is_everyones_error(
+    point: str, tmp_path: Path, points: Callable[..., None]
+) -> None:
+    assert publish_together(tmp_path, 10) == [None, None]
+
+    def fail(at: str) -> None:
+        if at == point:
+            raise FULL_DISK
+
+    points(fail)
+    ends = publish_together(tmp_path, 20)
+    assert all(isinstance(end, CheckpointError) and "No space left" in str(end) for end in ends)
+    assert newest(tmp_path) == (10, []) and not list(tmp_path.glob("*.partial"))
+
+
+def test_a_place_that_cannot_be_made_is_everyones_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        ends = publish_together(folder, 10)
+        assert all(isinstance(end, CheckpointError) for end in ends), ends
+
+
+def test_a_save_that_writes_nothing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="rank 0 could not write"):
+        publish(lambda *_: None, tmp_path, step=1, facts={}, peers=Alone(), keep=2)
+
+
+# -- damage ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Path:
+    """Checkpoints of steps 10 and 20 by two ranks."""
+    for step in (10, 20):
+        assert publish_together(tmp_path, step) == [None, None]
+    return tmp_path
+
+
+def refused(folder: Path) -> str:
+    """The newest is refused and the older one taken; why."""
+    with pytest.raises(CheckpointError):
+        verify(folder / "step-00000020")
+    step, said = newest(folder)
+    assert step == 10
+    assert len(said) == 1 and said[0].startswith("refused step-00000020: ")
+    return said[0]
+
+
+def test_200_flipped_bytes_and_50_truncations_are_all_refused(two: Path) -> None:
+    rng = np.random.default_rng(0)
+    paths = sorted((two / "step-00000020").iterdir())
+    assert len(paths) == 6
+    for index in range(250):
+        path = paths[index % len(paths)]
+        good = path.read_bytes()
+        at = int(rng.integers(len(good)))
+        if index < 200:
+            flipped = good[at] ^ int(rng.integers(1, 256))
+            path.write_bytes(good[:at] + bytes([flipped]) + good[at + 1 :])
+        else:
+            path.write_bytes(good[:at])
+        assert path.name in refused(two)
+        path.write_bytes(good)
+    assert newest(two) == (20, [])
+
+
+def test_every_byte_of_the_manifest_is_vouched_for(two: Path) -> None:
+    path = two / "step-00000020" / MANIFEST
+    good = path.read_bytes()
+    for at in range(len(good)):
+        mask = (1, 0x20, 0x2A)[at % 3]  # 1 -> 0 in a cursor, A -> a, a blank to a newline ...
+        path.write_bytes(good[:at] + bytes([good[at] ^ mask]) + good[at + 1 :])
+        with pytest.raises(CheckpointError, match=MANIFEST):
+            verify(path.parent, checksums=False)
+    path.write_bytes(good + b"\n")
+    assert MANIFEST in refused(two)
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change a manifest and seal it again, as a program that knows the format could."""
+    path = folder / MANIFEST
+    manifest = json.loads(path.read_text())
+    del manifest["manifest_sha256"]
+    change(manifest)
+    path.write_text(checkpoints._seal(manifest))
+
+
+def test_sealing_again_is_what_publishing_wrote(two: Path) -> None:
+    before = (two / "step-00000020" / MANIFEST).read_bytes()
+    rewrite(two / "step-00000020", lambda manifest: None)
+    assert (two / "step-00000020" / MANIFEST).read_bytes() == before
+
+
+def damages() -> dict[str, Callable[[Path], None]]:
+    table: dict[str, Callable[[Path], None]] = {}
+    for rank in (0, 1):
+        for name in files_of(rank):
+            table[f"deleted {name}"] = lambda folder, name=name: (folder / name).unlink()
+    zero, one = files_of(0), files_of(1)
+
+    def swap(folder: Path, first: str, second: str) -> None:
+        (folder / first).rename(folder / "aside")
+        (folder / second).rename(folder / first)
+        (folder / "aside").rename(folder / second)
+
+    def entry(name: str, value: Any) -> Callable[[Path], None]:
+        return lambda folder: rewrite(
+            folder, lambda manifest: manifest["files"].update({name: value})
+        )
+
+    def fact(name: str, value: Any) -> Callable[[Path], None]:
+        return lambda folder: rewrite(folder, lambda manifest: manifest.update({name: value}))
+
+    def link(folder: Path) -> None:
+        (folder / one[0]).rename(folder.parent / "elsewhere")
+        (folder / one[0]).symlink_to(folder.parent / "elsewhere")
+
+    def link_manifest(folder: Path) -> None:
+        (folder / MANIFEST).rename(folder.parent / "elsewhere")
+        (folder / MANIFEST).symlink_to(folder.parent / "elsewhere")
+
+    def link_folder(folder: Path) -> None:
+        folder.rename(folder.parent / "elsewhere")
+        folder.symlink_to(folder.parent / "elsewhere")
+
+    def as_folder(folder: Path) -> None:
+        (folder / one[0]).unlink()
+        (folder / one[0]).mkdir()
+
+    def manifest_folder(folder: Path) -> None:
+        (folder / MANIFEST).unlink()
+        (folder / MANIFEST).mkdir()
+
+    def plain_file(folder: Path) -> None:
+        shutil.rmtree(folder)
+        folder.write_text("not a folder")
+
+    def stale(folder: Path) -> None:
+        shutil.copy(folder.parent / "step-00000010" / MANIFEST, folder / MANIFEST)
+
+    def renamed(folder: Path) -> None:
+        shutil.rmtree(folder)
+        shutil.copytree(folder.parent / "step-00000010", folder)
+
+    def nothing(folder: Path) -> None:
+        for rank in (0, 1):
+            for name in files_of(rank):
+                (folder / name).unlink()
+        rewrite(folder, lambda manifest: manifest.update(files={}))
+
+    outside = {"size": 1, "sha256": "0" * 64}
+    table |= {
+        "swapped ranks (model)": lambda folder: swap(folder, zero[0], one[0]),
+        "swapped ranks (optimizer)": lambda folder: swap(folder, zero[1], one[1]),
+        "extra file": lambda folder: (folder / "extra.pt").write_bytes(b"x"),
+        "extra hidden file": lambda folder: (folder / ".extra").write_bytes(b""),
+        "extra folder": lambda folder: (folder / "extra").mkdir(),
+        "script": lambda folder: (folder / "zero_to_fp32.py").write_text("import os"),
+        "no manifest": lambda folder: (folder / MANIFEST).unlink(),
+        "empty manifest": lambda folder: (folder / MANIFEST).write_text(""),
+        "manifest of the older one": stale,
+        "manifest is a list": lambda folder: (folder / MANIFEST).write_text("[]"),
+        "manifest is not UTF-8": lambda folder: (folder / MANIFEST).write_bytes(b'"\xff"'),
+        "manifest is a bomb": lambda folder: (folder / MANIFEST).write_text("[" * 100_000),
+        "manifest is a folder": manifest_folder,
+        "older one under the newer's name": renamed,
+        "symlink": link,
+        "manifest is a symlink": link_manifest,
+        "folder is a symlink": link_folder,
+        "a folder for a file": as_folder,
+        "a file for the folder": plain_file,
+        "empty folder": lambda folder: [path.unlink() for path in folder.iterdir()] and None,
+        "relative traversal": entry("../latest", outside),
+        "absolute traversal": entry("/etc/passwd", outside),
+        "dot": entry(".", outside),
+        "missing entry": entry("zero_pp_rank_2_mp_rank_00_model_states.pt", outside),
+        "wrong size": entry(one[0], {"size": SMALL + 1, "sha256": "0" * 64}),
+        "size is text": entry(one[0], {"size": str(SMALL), "sha256": "0" * 64}),
+        "no size": entry(one[0], {"sha256": "0" * 64}),
+        "entry is a number": entry(one[0], 3),
+        "files is a list": fact("files", []),
+        "no files": fact("files", {}),
+        "no files, as it says": nothing,
+        "other version": fact("format_version", 2),
+        "step is text": fact("step", "20"),
+        "step is a fraction": fact("step", 20.0),
+        "step is a list": fact("step", [20]),
+        "other step": fact("step", 21),
+    }
+    return table
+
+
+DAMAGES = damages()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_damage_is_refused_and_the_older_one_taken(damage: str, two: Path) -> None:
+    DAMAGES[damage](two / "step-00000020")
+    said = refused(two)
+    assert "\n" not in said and str(two / "step-00000020") in said
+    # The run goes on from 10 and publishes 20 again.
+    assert publish_together(two, 20) == [None, None]
+    assert newest(two)[0] == 20
+
+
+def test_an_unreadable_disk_falls_back_too(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = checkpoints.sha256_file
+
+    def fail(path: Path) -> str:
+        if path.parent.name == "step-00000020":
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path)
+
+    monkeypatch.setattr(checkpoints, "sha256_file", fail)
+    assert "Input/output error" in refused(two)
+
+
+def test_nothing_valid_is_an_error_and_nothing_at_all_is_none(two: Path, tmp_path: Path) -> None:
+    for step in (10, 20):
+        (two / folder_name(step) / files_of(0)[0]).unlink()
+    said: list[str] = []
+    with pytest.raises(CheckpointError, match=r"none of its 2 checkpoints is valid.*step-00000020"):
+        find_newest(two, said.append)
+    assert [text.partition(":")[0] for text in said] == [
+        "refused step-00000020",
+        "refused step-00000010",
+    ]
+    for name in ("step-1", "step-00000020.partial", "step-00000020.invalid-0", "xstep-00000020",
+                 "step-00000020x", "Step-00000020", "latest"):  # fmt: skip
+        (tmp_path / "other" / name).mkdir(parents=True)
+    assert step_folders(tmp_path / "other") == []
+    assert find_newest(tmp_path / "other", pytest.fail) is None
+
+
+def test_checksums_may_be_left_out_but_are_the_default(two: Path) -> None:
+    path = two / "step-00000020" / files_of(1)[0]
+    path.write_bytes(bytes(SMALL))
+    verify(path.parent, checksums=False)
+    with pytest.raises(CheckpointError, match=path.name):
+        verify(path.parent)
+
+
+def test_newest_means_the_highest_step_not_the_latest_hint(tmp_path: Path) -> None:
+    for step in (5, 100, 20):
+        publish_alone(tmp_path, step, keep=5)
+    assert (tmp_path / LATEST).read_text() == "step-00000020\n"
+    assert newest(tmp_path) == (100, [])
+    found = find_newest(tmp_path, pytest.fail)
+    assert found == Found(
+        folder=tmp_path / "step-00000100", manifest=verify(tmp_path / "step-00000100")
+    )
+
+
+# -- retention -------------------------------------------------------------------------------
+
+
+def test_retention_never_drops_below_keep_whole_ones(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    templates = tmp_path / "templates"
+    for script in range(60):
+        folder = tmp_path / str(script)
+        keep = int(rng.integers(2, 5))
+        steps = sorted(
+            rng.choice(range(1, 30), size=int(rng.integers(0, 9)), replace=False).tolist()
+        )
+        whole: dict[int, bool] = {}
+        folder.mkdir()
+        for step in steps:
+            template = templates / folder_name(step)
+            if not template.exists():
+                publish_alone(templates, step, keep=100)
+            shutil.copytree(template, folder / folder_name(step))
+            damage = rng.choice(["", "", "", "truncated", "deleted", "manifest"])
+            victim = folder / folder_name(step) / files_of(0)[int(rng.integers(3))]
+            if damage == "truncated":
+                victim.write_bytes(b"")
+            elif damage == "deleted":
+                victim.unlink()
+            elif damage == "manifest":
+                (folder / folder_name(step) / MANIFEST).unlink()
+            whole[step] = damage == ""
+        (folder / "step-00000099.partial").mkdir()
+        retain(folder, keep=keep)
+        left = sorted(int(path.name[5:]) for path in step_folders(folder))
+        good = [step for step in steps if whole[step]]
+        # The newest `keep` whole ones and whatever is newer than the oldest of these.
+        bound = good[-keep] if len(good) >= keep else 0
+        assert left == [step for step in steps if step >= bound], (steps, whole, keep)
+        assert [step for step in left if whole[step]] == good[-keep:]
+        assert (folder / "step-00000099.partial").is_dir()
+        before = left
+        retain(folder, keep=keep)
+        assert sorted(int(path.name[5:]) for path in step_folders(folder)) == before
+
+
+def test_publishing_retains(tmp_path: Path) -> None:
+    for step in range(1, 8):
+        publish_alone(tmp_path, step, keep=3)
+    assert [path.name for path in step_folders(tmp_path)] == [folder_name(s) for s in (7, 6, 5)]
+
+
+def test_a_folder_that_cannot_be_deleted_whole_is_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish_alone(tmp_path, 1)
+    publish_alone(tmp_path, 2)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    publish_alone(tmp_path, 3)
+    with pytest.raises(CheckpointError, match=MANIFEST):
+        verify(tmp_path / folder_name(1))
+
+
+def test_retention_spares_everything_when_the_save_failed(tmp_path: Path) -> None:
+    for step in (1, 2):
+        publish_alone(tmp_path, step)
+    with pytest.raises(CheckpointError):
+        publish(lambda *_: None, tmp_path, step=3, facts={}, peers=Alone(), keep=2)
+    assert [path.name for path in step_folders(tmp_path)] == [folder_name(2), folder_name(1)]
+
+
+# -- small ones ------------------------------------------------------------------------------
+
+
+def test_check_same_run_names_every_difference(tmp_path: Path) -> None:
+    saved = {"seed": 1, "plan": "abc", "optimizer.betas": [0.9, 0.95], "gone": 3}
+    check_same_run(saved, dict(saved), tmp_path)
+    check_same_run({}, {}, tmp_path)
+    current = {"seed": 1, "plan": "abd", "optimizer.betas": [0.9, 0.99], "new": 4}
+    with pytest.raises(CheckpointError) as caught:
+        check_same_run(saved, current, tmp_path)
+    text = str(caught.value)
+    assert str(tmp_path) in text and "seed" not in text
+    for part in ("gone was 3, is None", "new was None, is 4", "plan was 'abc', is 'abd'",
+                 "optimizer.betas was [0.9, 0.95], is [0.9, 0.99]"):  # fmt: skip
+        assert part in text
+
+
+def test_write_atomically_replaces_or_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, "old \u00e9")
+    assert path.read_text(encoding="utf-8") == "old \u00e9"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(FULL_DISK))
+        with pytest.raises(OSError, match="No space"):
+            write_atomically(path, "new")
+    assert path.read_text(encoding="utf-8") == "old \u00e9"
+    write_atomically(path, "new")
+    assert path.read_text() == "new" and [item.name for item in tmp_path.iterdir()] == ["file"]
+
+
+def test_folder_names_sort_as_their_steps() -> None:
+    names = [folder_name(step) for step in (0, 9, 10, 99_999_999)]
+    assert names == sorted(names) and names[0] == "step-00000000"

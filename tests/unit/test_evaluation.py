@@ -1,0 +1,440 @@
+"""The whole examination, on models whose every measure can be worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import examined
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from nmar_ds.errors import ConfigError, TraceError
+from nmar_ds.inference import report
+from nmar_ds.inference.bars import MEASURES, missed, parse_bar
+from nmar_ds.inference.evaluation import Examination, FamilyResult, evaluate
+from nmar_ds.inference.exported import ExportSettings
+from nmar_ds.inference.metrics import Rate
+from nmar_ds.inference.probes import Problem, count_overlap, load_problems, make_probes, select
+from nmar_ds.inference.scoring import score_undo
+from nmar_ds.traces.encoding import Tokenizer
+from nmar_ds.traces.reduction import reduce
+
+LAUNCHER = Path(__file__).parents[2] / "launcher" / "evaluate_undo.py"
+torch.set_num_threads(1)
+Policy = Callable[[list[int], list[int], list[int]], int]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return examined.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def heldout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return examined.write(tmp_path_factory.mktemp("data") / "h.jsonl", examined.records(40, seed=9))
+
+
+@pytest.fixture(scope="module")
+def families(heldout: Path, tokenizer: Tokenizer) -> dict[str, list[Problem]]:
+    return load_problems([heldout], tokenizer)
+
+
+def settings_of(tokenizer: Tokenizer) -> ExportSettings:
+    return ExportSettings(
+        undo_id=tokenizer.undo_id, undo_token="<UNDO>", semantics="token", context="linear",
+        eos_id=tokenizer.eos_id, bos_id=tokenizer.bos_id, pad_id=tokenizer.pad_id,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+    )  # fmt: skip
+
+
+class Oracle(torch.nn.Module):
+    """Looks the problem up and follows a policy(response, stack, reference) -> next token.
+
+    The ids of a row are kept in the key-value cache, where a model keeps its past, so dropping
+    rows and padding have to be right for it to answer at all.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, problems: list[Problem], policy: Policy) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(tokenizer.size, 1)
+        self.config = examined.LlamaConfig(
+            vocab_size=tokenizer.size, num_hidden_layers=1, max_position_embeddings=4096
+        )
+        self.undo_id = tokenizer.undo_id
+        self.references = {tuple(p.prompt_ids.tolist()): p.reference_ids.tolist() for p in problems}
+        self.policy = policy
+
+    def get_input_embeddings(self) -> torch.nn.Embedding:
+        return self.embedding
+
+    def forward(
+        self, input_ids: Any, attention_mask: Any = None, past_key_values: Any = None, **_: Any
+    ) -> Any:
+        past = input_ids[:, None, :, None].float()
+        if past_key_values is not None:
+            past, _ = past_key_values.update(past, past, 0)
+        mask = torch.ones_like(past[:, 0, :, 0]) if attention_mask is None else attention_mask
+        size = input_ids.shape[1]
+        logits = torch.zeros(*input_ids.shape, self.embedding.num_embeddings)
+        for row in range(len(past)):
+            for place in range(size) if past_key_values is None else [size - 1]:
+                seen = past[row, 0, : past.shape[2] - size + place + 1, 0]
+                ids = seen[mask[row, : len(seen)] > 0].long().tolist()
+                choices = self._next(ids)
+                for rank, token in enumerate(choices):
+                    logits[row, place, token] = 9.0 - rank
+        return SimpleNamespace(logits=logits)
+
+    def _next(self, ids: list[int]) -> list[int]:
+        """The policy's token, then what to do where that one is banned: go on by count."""
+        for size in range(len(ids), 0, -1):
+            reference = self.references.get(tuple(ids[:size]))
+            if reference is not None:
+                response = ids[size:]
+                stack = reduce(response, undo_id=self.undo_id).tolist()
+                return [self.policy(response, stack, reference), blind(response, stack, reference)]
+        return [0]
+
+
+def blind(_response: list[int], stack: list[int], reference: list[int]) -> int:
+    """Never takes anything back: the reference's token at this place, right or not so far."""
+    return reference[min(len(stack), len(reference) - 1)]
+
+
+def examine(
+    tokenizer: Tokenizer,
+    families: dict[str, list[Problem]],
+    policy: Policy,
+    **changes: Any,
+) -> FamilyResult:
+    model = Oracle(tokenizer, families["words"], policy)
+    settings: dict[str, Any] = {"num_problems": 30, "batch_size": 16}
+    examination = Examination(**(settings | changes))
+    return evaluate(model, tokenizer, settings_of(tokenizer), families, examination)["words"]
+
+
+def values(result: FamilyResult) -> dict[str, Any]:
+    return {
+        name: measure.value if isinstance(measure, Rate) else measure
+        for name, measure in result.measures.items()
+    }
+
+
+def careful(undo_id: int) -> Policy:
+    def policy(response: list[int], stack: list[int], reference: list[int]) -> int:
+        right = stack == reference[: len(stack)]
+        return blind(response, stack, reference) if right else undo_id
+
+    return policy
+
+
+def test_evaluate_a_model_that_is_always_right(
+    tokenizer: Tokenizer, families: dict[str, list[Problem]]
+) -> None:
+    found = values(examine(tokenizer, families, careful(tokenizer.undo_id)))
+    assert tuple(found) == MEASURES
+    ones = ("raw", "reduced", "banned", "exact", "undone", "exact_k", "corrected", "noticed",
+            "forced_undo_precision", "forced_undo_recall", "overhead", "undo_auroc")  # fmt: skip
+    zeros = ("false_undo", "false_undo_prefix", "over_undo", "parrot", "stray_undo", "loop",
+             "undo_limited", "unfinished", "with_undo", "mean_delay", "right_to_wrong")  # fmt: skip
+    assert {name: found[name] for name in ones} == dict.fromkeys(ones, 1.0)
+    assert {name: found[name] for name in zeros} == dict.fromkeys(zeros, 0.0)
+    assert found["n"] == found["num_probes"] == 30
+    assert found["wrong_to_right"] is None and found["undo_precision"] is None
+    assert 1 <= found["mean_latency"] <= 6
+
+
+def test_evaluate_a_model_that_never_undoes(
+    tokenizer: Tokenizer, families: dict[str, list[Problem]]
+) -> None:
+    found = values(examine(tokenizer, families, blind))
+    zeros = ("undone", "exact_k", "over_undo", "corrected", "noticed", "forced_undo_recall")
+    assert {name: found[name] for name in zeros} == dict.fromkeys(zeros, 0.0)
+    assert found["reduced"] == 1.0 and found["undo_auroc"] == 0.5
+    assert found["parrot"] is None and found["mean_latency"] is None
+
+
+def test_evaluate_a_model_that_errs_once_and_repairs(
+    tokenizer: Tokenizer, families: dict[str, list[Problem]]
+) -> None:
+    undo_id = tokenizer.undo_id
+
+    def policy(response: list[int], stack: list[int], reference: list[int]) -> int:
+        if len(response) == 1:  # the second token is wrong, whatever the first was
+            return reference[0] if reference[1] != reference[0] else reference[-2]
+        return careful(undo_id)(response, stack, reference)
+
+    result = examine(tokenizer, families, policy)
+    found = values(result)
+    assert (found["raw"], found["reduced"], found["banned"]) == (0.0, 1.0, 0.0)
+    assert (found["wrong_to_right"], found["right_to_wrong"]) == (1.0, None)
+    assert (found["with_undo"], found["undo_precision"], found["undo_recall"]) == (1.0, 1.0, 1.0)
+    assert found["false_undo"] == 0.0
+    num_kept = sum(len(sample.problem.reference_ids) for sample in result.free)
+    assert found["overhead"] == pytest.approx((num_kept + 2 * 30) / num_kept)
+
+
+def test_evaluate_a_model_that_takes_back_one_token_too_many(
+    tokenizer: Tokenizer, families: dict[str, list[Problem]]
+) -> None:
+    undo_id = tokenizer.undo_id
+
+    def policy(response: list[int], stack: list[int], reference: list[int]) -> int:
+        right = stack == reference[: len(stack)]
+        num_undos = response.count(undo_id)
+        if right and 0 < num_undos == len(response) - next_plain(response):
+            wrong = first_wrong_run(response, reference)
+            if num_undos == wrong:  # exactly enough so far
+                return undo_id
+        return careful(undo_id)(response, stack, reference)
+
+    def next_plain(response: list[int]) -> int:
+        return response.index(undo_id) if undo_id in response else len(response)
+
+    def first_wrong_run(response: list[int], reference: list[int]) -> int:
+        written = response[: next_plain(response)]
+        shared = 0
+        while shared < len(written) and written[shared] == reference[shared]:
+            shared += 1
+        return len(written) - shared
+
+    found = values(examine(tokenizer, families, policy))
+    assert (found["undone"], found["exact_k"], found["over_undo"]) == (1.0, 0.0, 1.0)
+    assert found["corrected"] == 1.0 and found["forced_undo_recall"] == 1.0
+    assert 0 < found["forced_undo_precision"] < 1
+    assert found["false_undo"] == 0.0  # nothing to take back in free decoding
+
+
+def test_evaluate_a_nervous_model_undoes_right_tokens(
+    tokenizer: Tokenizer, families: dict[str, list[Problem]]
+) -> None:
+    undo_id = tokenizer.undo_id
+
+    def policy(response: list[int], stack: list[int], reference: list[int]) -> int:
+        if len(response) == 2:
+            return undo_id
+        return careful(undo_id)(response, stack, reference)
+
+    result = examine(tokenizer, families, policy)
+    found = values(result)
+    assert (found["false_undo"], found["undo_precision"]) == (1.0, 0.0)
+    assert (found["raw"], found["reduced"], found["banned"], found["loop"]) == (0.0, 1.0, 1.0, 1.0)
+    # p(UNDO) is as high at clean places after two tokens as after a deviation: ties, so half.
+    problems = [sample.problem for sample in result.free]
+    family = families["words"]
+    probes = make_probes(problems, family, tokenizer, name="words", seed=0, max_length=6)
+    share = sum(probe.cut == 2 for probe in probes) / len(probes)
+    assert share > 0 and found["undo_auroc"] == pytest.approx(1 - share / 2)
+    # One clean prefix of each reference, that of two tokens, is answered with an undo.
+    rate = result.measures["false_undo_prefix"]
+    assert isinstance(rate, Rate)
+    num_prefixes = sum(len(sample.problem.reference_ids) for sample in result.free)
+    assert (rate.num, rate.of) == (30, num_prefixes)
+
+
+def test_evaluate_corrected_needs_the_deviation_gone(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    # With an answer, a right ending would do; but the forced wrong step still stands there.
+    rows = [row | {"answer": row["reference"].split()[-1]} for row in examined.records(40, seed=9)]
+    families = load_problems([examined.write(tmp_path / "a.jsonl", rows)], tokenizer)
+    result = examine(tokenizer, families, blind)
+    assert values(result)["corrected"] == 0.0
+    assert any(sample.right for sample in result.forced)
+
+
+def test_probes_are_plausible_reproducible_and_uniform(
+    tokenizer: Tokenizer, families: dict[str, list[Problem]]
+) -> None:
+    family = families["words"]
+    probes = make_probes(family, family, tokenizer, name="words", seed=1, max_length=6)
+    again = make_probes(family[5:], family, tokenizer, name="words", seed=1, max_length=6)
+    assert [p.forced_ids.tolist() for p in probes[5:]] == [p.forced_ids.tolist() for p in again]
+    other = make_probes(family, family, tokenizer, name="words", seed=2, max_length=6)
+    assert [p.forced_ids.tolist() for p in probes] != [p.forced_ids.tolist() for p in other]
+    assert len(probes) == len(family)
+    everything = " ".join(p.reference for p in family)
+    for probe in probes:
+        reference = probe.problem.reference_ids
+        assert probe.deviation_ids[0] != reference[probe.cut]
+        assert tokenizer.piece_class(int(probe.deviation_ids[0])) == tokenizer.piece_class(
+            int(reference[probe.cut])
+        )
+        assert 1 <= len(probe.deviation_ids) <= 6
+        assert tokenizer.decode(probe.deviation_ids, continuation=True).strip() in everything
+        assert probe.forced_ids[: probe.cut].tolist() == reference[: probe.cut].tolist()
+    assert len({len(probe.deviation_ids) for probe in probes}) > 2
+    assert len({probe.cut for probe in probes}) > 2
+
+
+def test_select_wants_enough_problems_and_draws_without_repeats(
+    families: dict[str, list[Problem]],
+) -> None:
+    with pytest.raises(ConfigError, match=r"'words': 40 held-out problems, expected at least 41"):
+        select(families, num_problems=41, seed=0, allow_fewer=False)
+    assert len(select(families, num_problems=41, seed=0, allow_fewer=True)["words"]) == 40
+    drawn = [problem.line for problem in
+             select(families, num_problems=25, seed=0, allow_fewer=False)["words"]]  # fmt: skip
+    assert len(set(drawn)) == 25
+    other = select(families, num_problems=25, seed=1, allow_fewer=False)["words"]
+    assert drawn != [problem.line for problem in other]
+
+
+def test_count_overlap_is_of_exact_prompts(
+    families: dict[str, list[Problem]], tmp_path: Path
+) -> None:
+    rows = [*examined.records(3, seed=9), *examined.records(50, seed=10, first=100)]
+    rows.append({"prompt": rows[0]["prompt"].strip(), "reference": "sun"})
+    assert count_overlap(families, [examined.write(tmp_path / "t.jsonl", rows)]) == {"words": 3}
+
+
+def test_load_problems_groups_by_record_or_file_and_refuses_ids(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    rows = [{k: v for k, v in row.items() if k != "group"} for row in examined.records(2)]
+    rows[1]["group"] = "other"
+    file = examined.write(tmp_path / "mats.heldout.jsonl", rows)
+    assert {name: len(items) for name, items in load_problems([file], tokenizer).items()} == {
+        "mats": 1, "other": 1,
+    }  # fmt: skip
+    ids = examined.write(
+        tmp_path / "ids.jsonl",
+        [{"segments": [{"role": "prompt", "ids": [5]}, {"role": "prefix", "ids": [6]}]}],
+    )
+    with pytest.raises(TraceError, match="not a single text turn"):
+        load_problems([ids], tokenizer)
+
+
+def test_score_undo_equals_a_forward_of_each_prefix(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    from nmar_ds.inference.exported import load_model
+
+    model = load_model(examined.make_export(tmp_path / "export", tokenizer))
+    rng = np.random.default_rng(0)
+    sequences = [rng.integers(0, tokenizer.size, size=n).astype(np.int32) for n in (4, 9, 1)]
+    for sequence, score in zip(
+        sequences, score_undo(model, sequences, undo_id=tokenizer.undo_id), strict=True
+    ):
+        assert score.probability.shape == score.is_top.shape == sequence.shape
+        for end in range(1, len(sequence) + 1):
+            with torch.inference_mode():
+                logits = model(torch.tensor([sequence[:end].tolist()])).logits[0, -1]
+            wanted = float(logits.softmax(0)[tokenizer.undo_id])
+            assert score.probability[end - 1] == pytest.approx(wanted, abs=1e-5)
+            assert bool(score.is_top[end - 1]) == (int(logits.argmax()) == tokenizer.undo_id)
+
+
+def test_bars_are_parsed_and_missed_in_one_line_each() -> None:
+    bars = [parse_bar(text) for text in ("reduced>=0.95", "false-undo <= .05", "parrot<=0.1")]
+    measures: dict[str, Any] = {
+        "reduced": Rate(19, 20), "false_undo": Rate(1, 10), "parrot": Rate(0, 0),
+    }  # fmt: skip
+    assert missed({"a": measures}, bars) == [
+        "a: false_undo 0.100 (1 of 10), required false_undo<=0.05",
+        "a: parrot nothing counted, required parrot<=0.1",
+    ]
+    assert parse_bar("raw<=0.5").cleared(0.5) and parse_bar("raw>=0.5").cleared(0.5)
+    for text, words in [
+        ("reduced>0.9", "expected MEASURE>=NUMBER"),
+        ("redused>=0.9", "did you mean 'reduced'"),
+        ("reduced>=high", "not a number"),
+        ("reduced>=nan", "not a number"),
+    ]:
+        with pytest.raises(ConfigError, match=words):
+            parse_bar(text)
+
+
+def test_report_has_counts_intervals_and_samples(
+    tokenizer: Tokenizer, families: dict[str, list[Problem]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = {"words": examine(tokenizer, families, careful(tokenizer.undo_id))}
+    settings = settings_of(tokenizer)
+    whole = json.loads(
+        json.dumps(
+            report.as_json(
+                results, about={"seed": 0}, overlap={"words": 2}, missed=[], num_samples=2,
+                tokenizer=tokenizer, settings=settings,
+            )
+        )
+    )  # fmt: skip
+    family = whole["families"]["words"]
+    assert family["measures"]["reduced"] == Rate(30, 30).as_dict()
+    assert family["prompts_also_in_training"] == 2
+    assert [sample["kind"] for sample in family["samples"]] == ["free"] * 2 + [
+        "forced deviation"
+    ] * 2
+    forced = family["samples"][-1]
+    assert "[-" in forced["raw"] and "<UNDO>" in forced["raw"]
+    assert forced["reduced"] == forced["reference"] and forced["right"] is True
+    console = Console(force_terminal=False)
+    report.print_table(results, console)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split("  ")[0] == "family" and "undo-banned" in lines[0]
+    assert lines[1].split() == ["words", "1.000", "1.000", "1.000", "0.000", "1.000", "1.000",
+                                "1.000", "30"]  # fmt: skip
+    report.print_samples(results, num=1, tokenizer=tokenizer, settings=settings, console=console)
+    out = capsys.readouterr().out
+    assert out.count("raw    : ") == 2 and "[words, forced deviation: right]" in out
+
+
+def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(LAUNCHER), *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+
+
+def test_launcher_reports_and_fails_on_a_missed_bar(
+    tokenizer: Tokenizer, heldout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export = examined.make_export(tmp_path / "export", tokenizer)
+    arguments = [
+        "--model", str(export), "--heldout", str(heldout), "--train", str(heldout),
+        "--num-problems", "10", "--max-new-tokens", "8", "--samples", "1",
+        "--output", str(tmp_path / "report.json"), "--require", "reduced>=0.95", "raw<=0.5",
+    ]  # fmt: skip
+    main = runpy.run_path(str(LAUNCHER))["main"]
+    assert main(arguments) == 1
+    out = capsys.readouterr().out
+    assert "words: 10 of 10 held-out prompts also stand in training files" in out
+    assert "MISSED words: reduced 0.000 (0 of 10), required reduced>=0.95" in out
+    assert out.count("MISSED") == 1
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert written["families"]["words"]["measures"]["n"] == 10
+    assert len(written["missed"]) == 1
+    assert main([*arguments[:-2], "raw<=0.5"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--require", "redused>=1"], "did you mean 'reduced'"),
+        (["--model", "/nowhere"], "/nowhere: --model: no such folder"),
+        (["--num-problems", "41"], "40 held-out problems, expected at least 41"),
+        (["--output", "/nowhere/r.json"], "--output: no folder /nowhere"),
+        (["--heldout", "/nowhere/h.jsonl"], "/nowhere/h.jsonl: file: No such file"),
+        (["--train", "/nowhere/t.jsonl"], "/nowhere/t.jsonl: file: No such file"),
+    ],
+)
+def test_launcher_refuses_in_one_line_before_torch(
+    tokenizer: Tokenizer, heldout: Path, tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    # No weights in it: the error must come before anyone looks for them.
+    export = tmp_path / "export"
+    export.mkdir()
+    facts = {name: getattr(settings_of(tokenizer), name) for name in ExportSettings.__slots__}
+    (export / "nmar.json").write_text(json.dumps(facts | {"format_version": 1}))
+    tokenizer.save(export / "nmar_tokenizer")
+    done = launch("--model", str(export), "--heldout", str(heldout), "--num-problems", "10",
+                  *arguments)  # fmt: skip
+    assert done.returncode == 2
+    assert words in done.stderr and done.stderr.count("\n") == 1

@@ -1,0 +1,189 @@
+"""Held-out measures: sums by hand, and the same totals for every number of ranks."""
+
+# N flattened tokens of a batch
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from nmar_ds.data.loader import Batch, RowLoader, count_targets, make_batch
+from nmar_ds.data.packing import best_fit_decreasing
+from nmar_ds.traces.schema import NUM_ROLES, Role
+from nmar_ds.training.heldout import as_scalars, batch_sums, measure
+
+torch.set_num_threads(1)
+X, P, E, B, C = Role
+
+
+class Fixed:
+    """Traces given as lists of (role, id)."""
+
+    def __init__(self, *traces: list[tuple[int, int]]) -> None:
+        self.traces = traces
+
+    def ids(self, index: int) -> npt.NDArray[np.int32]:
+        return np.array([token for _, token in self.traces[index]], np.int32)
+
+    def roles(self, index: int) -> npt.NDArray[np.uint8]:
+        return np.array([role for role, _ in self.traces[index]], np.uint8)
+
+
+TWO = Fixed(
+    [(X, 10), (P, 11), (E, 12), (E, 13), (B, 9), (B, 9), (E, 14), (B, 9), (C, 15)],
+    [(X, 20), (X, 21), (E, 22), (B, 9), (C, 23)],
+)
+
+
+def test_batch_sums_by_hand() -> None:
+    batch = make_batch(TWO, [np.array([0]), np.array([1])], length=10, pad_id=0)
+    nll = np.full(20, np.nan)  # what no target is at must not be looked at
+    #          P    E    E    B    B    E    B    C
+    nll[:8] = [1.0, 2.0, 3.0, 0.5, 4.0, 5.0, 0.25, 6.0]
+    #            X    E    B    C
+    nll[10:14] = [7.0, 8.0, 2.0, 9.0]
+    sums = batch_sums(batch, nll)
+    assert sums.shape == (2 * NUM_ROLES + 2,)
+    assert sums[:NUM_ROLES].tolist() == [7.0, 1.0, 18.0, 6.75, 15.0]
+    assert sums[NUM_ROLES : 2 * NUM_ROLES].tolist() == [1, 1, 4, 4, 2]
+    # Only the first undo after each deviation; the second of the first pair (4.0) is no notice.
+    assert sums[-2] == pytest.approx(np.exp(-0.5) + np.exp(-0.25) + np.exp(-2.0))
+    assert sums[-1] == 3
+
+
+def test_scalars_by_hand_and_absent_roles_are_left_out() -> None:
+    totals = np.array([7.0, 1.0, 18.0, 6.75, 15.0, 1, 1, 4, 4, 2, 1.5, 3])
+    assert as_scalars(totals) == {
+        "heldout/loss_prefix": 1.0,
+        "heldout/loss_deviation": 4.5,
+        "heldout/loss_undo": 1.6875,
+        "heldout/loss_correction": 7.5,
+        "heldout/log_p_deviation_per_token": -4.5,
+        "heldout/p_undo_at_first_place": 0.5,
+    }
+    clean = np.array([7.0, 1.0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 0])
+    assert as_scalars(clean) == {"heldout/loss_prefix": 0.5}
+    assert as_scalars(np.zeros(12)) == {}
+
+
+def test_an_empty_batch_adds_nothing() -> None:
+    batch = make_batch(TWO, [np.empty(0, np.int64)], length=4, pad_id=0)
+    assert batch_sums(batch, np.full(4, np.nan)).tolist() == [0.0] * 12
+
+
+# -- measure ---------------------------------------------------------------------------------
+
+rng = np.random.default_rng(8)
+CORPUS = Fixed(
+    *[
+        [(int(rng.integers(0, 5)), int(rng.integers(1, 50))) for _ in range(size)]
+        for size in rng.integers(1, 13, size=90)
+    ]
+)
+PLAN = best_fit_decreasing([len(trace) for trace in CORPUS.traces], 16)
+COUNTS = count_targets(len(CORPUS.traces), CORPUS.roles)
+
+
+def nll_of(batch: Batch) -> npt.NDArray[np.float64]:
+    """Some -log p that depends on a token, its target and its place in its trace."""
+    place = batch.position_ids.reshape(-1)
+    return ((batch.input_ids.reshape(-1) * 7 + batch.targets * 3 + place) % 13) / 4.0
+
+
+class FakeEngine:
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.batches: list[Batch] = []
+        self.modes: list[Any] = []
+
+    def train(self, mode: bool = True) -> None:
+        self.modes.append(mode)
+
+    def __call__(self, *, batch: Batch, mode: str) -> torch.Tensor:
+        assert mode == "nll" and not torch.is_grad_enabled() and self.modes == [False]
+        self.batches.append(batch)
+        return torch.from_numpy(nll_of(batch)).float()
+
+
+def measured(world: int, micro: int, num_rows: int) -> tuple[dict[str, float], list[FakeEngine]]:
+    """Each rank in turn; what they hand to the reduction is added up and given to the last."""
+    engines, parts = [], []
+
+    def reduce(part: torch.Tensor) -> torch.Tensor:
+        parts.append(part.clone())
+        return torch.stack(parts).sum(0)
+
+    values: dict[str, float] = {}
+    for rank in range(world):
+        engine = FakeEngine()
+        values = measure(
+            engine,
+            RowLoader(
+                CORPUS, PLAN, COUNTS, seed=0, global_batch_rows=micro * world,
+                micro_batch_rows=micro, rank=rank, world_size=world, pad_id=0,
+            ),
+            num_rows=num_rows,
+            arguments=lambda batch: {"batch": batch},
+            reduce=reduce,
+        )  # fmt: skip
+        assert engine.modes == [False, True]
+        engines.append(engine)
+    assert len(parts) == world
+    return values, engines
+
+
+def looked_at(engines: list[FakeEngine]) -> list[int]:
+    return sorted(
+        int(trace)
+        for engine in engines
+        for batch in engine.batches
+        for trace in batch.trace_ids
+        if trace >= 0
+    )
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 8, PLAN.num_rows, PLAN.num_rows + 50])
+def test_sums_do_not_depend_on_the_number_of_ranks(num_rows: int) -> None:
+    alone, engines = measured(1, 1, num_rows)
+    traces = looked_at(engines)
+    assert len(engines[0].batches) == min(num_rows, PLAN.num_rows)
+    assert "heldout/p_undo_at_first_place" in alone or num_rows == 1
+    for world, micro in [(1, 3), (2, 1), (2, 2), (4, 1), (4, 3), (7, 2)]:
+        values, engines = measured(world, micro, num_rows)
+        assert values == pytest.approx(alone, rel=1e-12)
+        assert looked_at(engines) == traces  # each chosen row once, on one rank
+        assert len({len(engine.batches) for engine in engines}) == 1
+
+
+def test_all_rows_give_the_plain_means_over_unpacked_traces() -> None:
+    values, engines = measured(2, 2, 10_000)
+    assert looked_at(engines) == list(range(len(CORPUS.traces)))
+    sums: dict[int, list[float]] = {role: [] for role in Role}
+    notices = []
+    for trace in CORPUS.traces:
+        for place, ((role, token), (next_role, target)) in enumerate(pairwise(trace)):
+            nll = ((token * 7 + target * 3 + place) % 13) / 4.0
+            sums[next_role].append(nll)
+            if role == E and next_role == B:
+                notices.append(np.exp(-nll))
+    for role in (P, E, B, C):
+        assert values[f"heldout/loss_{role.label}"] == pytest.approx(np.mean(sums[role]))
+    assert values["heldout/log_p_deviation_per_token"] == pytest.approx(-np.mean(sums[E]))
+    assert values["heldout/p_undo_at_first_place"] == pytest.approx(np.mean(notices))
+
+
+def test_few_rows_are_spread_over_the_plan() -> None:
+    _, engines = measured(1, 1, 4)
+    where = {tuple(PLAN.row(row).tolist()): row for row in range(PLAN.num_rows)}
+    rows = sorted(
+        where[tuple(int(trace) for trace in batch.trace_ids if trace >= 0)]
+        for batch in engines[0].batches
+    )
+    num = PLAN.num_rows
+    assert rows == [0, num // 4, num // 2, 3 * num // 4]
