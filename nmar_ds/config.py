@@ -8,16 +8,15 @@ misspelt top-level keys silently, so users never write one.
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from nmar_ds.errors import ConfigError
 from nmar_ds.model.weighting import role_weights
+from nmar_ds.yaml_input import apply_override, nearest, read_yaml
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -304,119 +303,6 @@ def deepspeed_config(config: RunConfig, *, world_size: int) -> dict[str, Any]:
     }
 
 
-# -- reading ---------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without its traps: `1e-3` is a number, `010` is not 8, a key given twice is an error."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, regexp)
-        for tag, regexp in resolvers
-        if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-    ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int",
-    re.compile(r"^[-+]?(0|[1-9][\d_]*|0x[\da-fA-F]+)$"),
-    list("-+0123456789"),
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
-    list("-+0123456789."),
-)
-
-
-def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    mapping: dict[Any, Any] = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        mark = key_node.start_mark
-        if isinstance(key, list | dict):
-            what = type(key).__name__
-            raise ConfigError(f"{mark.name}:{mark.line + 1}: a {what} cannot be a key")
-        if key in mapping:
-            raise ConfigError(f"{mark.name}:{mark.line + 1}: {key}: given twice, expected once")
-        mapping[key] = loader.construct_object(value_node, deep=True)
-    return mapping
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
-
-
-def nearest(name: str, known: Any) -> str:
-    """`"; did you mean 'x'?"` for the closest known name, or the list of all of them."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; expected one of {', '.join(sorted(known))}"
-
-
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
-    """Returns the mapping, and the 1-based line of every key by its path."""
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path}: is a folder, expected a YAML file") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: byte {error.start} is not UTF-8") from None
-    try:
-        loader = _Loader(text)
-        loader.name = str(path)
-        node = loader.get_single_node()
-        data = {} if node is None else loader.construct_document(node)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 0
-        raise ConfigError(f"{path}:{line}: not YAML: {error.problem}") from None
-    except yaml.reader.ReaderError as error:
-        raise ConfigError(f"{path}: not YAML: {error.reason} (#x{error.character:04x})") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # Of a value: month 13, a number of 5,000 digits, brackets a thousand deep.
-        raise ConfigError(f"{path}: not YAML: {error}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}:1: is a {type(data).__name__}, expected a mapping")
-    lines: dict[tuple[str, ...], int] = {}
-
-    def visit(at: yaml.Node | None, prefix: tuple[str, ...]) -> None:
-        if isinstance(at, yaml.MappingNode):
-            for key_node, value_node in at.value:
-                place = (*prefix, str(key_node.value))
-                lines[place] = key_node.start_mark.line + 1
-                visit(value_node, place)
-
-    visit(node, ())
-    return data, lines
-
-
-def _apply_override(data: dict[str, Any], text: str) -> tuple[str, ...]:
-    key, separator, value = text.partition("=")
-    parts = tuple(key.split("."))
-    if not separator or not all(parts):
-        raise ConfigError(f"override {text!r}: expected key.subkey=value")
-    try:
-        loader = _Loader(value)
-        loader.name = f"override {key}"
-        parsed = loader.get_single_data()
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise ConfigError(f"override {text!r}: the value is not YAML") from None
-    at = data
-    for position, part in enumerate(parts[:-1]):
-        if not isinstance(at.get(part), dict):
-            if at.get(part) is not None:
-                place = ".".join(parts[: position + 1])
-                raise ConfigError(f"override {text!r}: {place} is a value, not a section")
-            at[part] = {}
-        at = at[part]
-    at[parts[-1]] = parsed
-    return parts
-
-
 def _known_keys(place: tuple[Any, ...]) -> list[str]:
     """Field names of the section that holds `place`."""
     section: Any = RunConfig
@@ -429,7 +315,9 @@ def _known_keys(place: tuple[Any, ...]) -> list[str]:
     return list(section.model_fields) if section is not None else []
 
 
-def _describe(error: Any, source: str, lines: dict[tuple[str, ...], int], overridden: set[str]) -> str:
+def _describe(
+    error: Any, source: str, lines: dict[tuple[str, ...], int], overridden: set[str]
+) -> str:
     place = tuple(str(part) for part in error["loc"] if not isinstance(part, int))
     dotted = ".".join(str(part) for part in error["loc"])
     where = source
@@ -461,10 +349,62 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         ConfigError: one line per fault: file, line, key, value, nearest valid key.
     """
     path = Path(path)
-    data, lines = _read_yaml(path)
-    overridden = {".".join(_apply_override(data, text)) for text in overrides or []}
+    data, lines = read_yaml(path)
+    overridden = {".".join(apply_override(data, text)) for text in overrides or []}
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
         faults = [_describe(e, str(path), lines, overridden) for e in error.errors()]
         raise ConfigError("\n".join(faults)) from None
+
+
+def reference_page() -> str:
+    """The configuration reference in Markdown: every key, its type, default and meaning."""
+    parts = [
+        "# Configuration: every key\n",
+        "One strict YAML file per run; `a.b=c` on the command line replaces a value. Written by\n"
+        "`python -m nmar_ds.config`.\n",
+    ]
+
+    def add(section: type[BaseModel], prefix: str) -> None:
+        title = f"`{prefix}`" if prefix else "Top level"
+        about = "" if not prefix else (section.__doc__ or "").strip() + "\n\n"
+        rows = []
+        inner: list[tuple[type[BaseModel], str]] = []
+        for name, field in section.model_fields.items():
+            candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+            child = next((c for c in candidates if hasattr(c, "model_fields")), None)
+            dotted = f"{prefix}.{name}" if prefix else name
+            if child is not None:
+                inner.append((child, dotted))
+            kind = "section" if child is not None else _type_name(field.annotation)
+            default = "required" if field.is_required() else f"`{_shown(field.default)}`"
+            if child is not None and not field.is_required():
+                default = "optional" if field.default is None else "its defaults"
+            meaning = (field.description or "").replace("\n", " ").replace("|", "\\|")
+            rows.append(f"| `{name}` | {kind} | {default} | {meaning} |")
+        table = "| key | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(rows)
+        parts.append(f"## {title}\n\n{about}{table}\n")
+        for child, dotted in inner:
+            add(child, dotted)
+
+    add(RunConfig, "")
+    return "\n".join(parts)
+
+
+def _type_name(annotation: Any) -> str:
+    text = str(annotation) if not isinstance(annotation, type) else annotation.__name__
+    text = re.sub(r"typing\.|Annotated\[(\w+),.*?\](?=$|[\s|])", r"\1", text)
+    if text.startswith("Literal"):
+        return " or ".join(f"`{value}`" for value in annotation.__args__)
+    return "`" + text.replace("|", "or") + "`"
+
+
+def _shown(value: Any) -> str:
+    return (
+        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    )
+
+
+if __name__ == "__main__":
+    print(reference_page(), end="")

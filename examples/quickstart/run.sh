@@ -10,7 +10,7 @@ PATH="$BIN:$PATH"
 
 say() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 
-launch=(deepspeed)
+launch=(deepspeed --log_level warning)
 if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
     ranks=() # all visible GPUs
     expected=()

@@ -1,0 +1,1 @@
+"""Stores, packing, and the loader. No torch."""

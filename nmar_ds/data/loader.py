@@ -30,9 +30,11 @@ FILLER_ROW = -1
 class TraceSource(Protocol):
     """What the loader needs of a store."""
 
-    def ids(self, index: int) -> npt.NDArray[np.integer]: ...
+    def ids(self, index: int) -> npt.NDArray[np.integer]:
+        """Token ids of a trace, int[T]."""
 
-    def roles(self, index: int) -> npt.NDArray[np.uint8]: ...
+    def roles(self, index: int) -> npt.NDArray[np.uint8]:
+        """Roles of a trace, uint8[T]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +66,9 @@ class Batch:
         return int((self.roles != NO_ROLE).sum())
 
 
-def make_batch(source: TraceSource, rows: list[npt.NDArray[np.int64]], *, length: int, pad_id: int) -> Batch:
+def make_batch(
+    source: TraceSource, rows: list[npt.NDArray[np.int64]], *, length: int, pad_id: int
+) -> Batch:
     """Lay traces out in rows.
 
     Args:

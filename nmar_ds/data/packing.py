@@ -36,6 +36,7 @@ class Plan:
 
     @property
     def num_rows(self) -> int:
+        """R."""
         return len(self.row_offsets) - 1
 
     def row(self, index: int) -> IntArray:

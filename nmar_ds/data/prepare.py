@@ -114,4 +114,6 @@ def prepare_run(config: RunConfig) -> Iterator[str]:
 def _counts(manifest: dict[str, object]) -> str:
     counts = manifest["counts"]
     assert isinstance(counts, dict)
-    return ", ".join(f"{name} {value:,}" for name, value in counts.items() if isinstance(value, int))
+    return ", ".join(
+        f"{name} {value:,}" for name, value in counts.items() if isinstance(value, int)
+    )

@@ -1,0 +1,1 @@
+"""Decoding with undo, probes, metrics."""

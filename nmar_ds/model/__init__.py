@@ -1,0 +1,1 @@
+"""The model side: segments, attention, objective, vocabulary, loading, canary."""

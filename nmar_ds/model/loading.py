@@ -13,10 +13,11 @@ import torch
 import transformers
 from transformers.integrations import HfDeepSpeedConfig
 
-from nmar_ds.config import ModelSection, nearest
+from nmar_ds.config import ModelSection
 from nmar_ds.errors import ConfigError, VocabularyError
 from nmar_ds.model.attention import ATTENTION_NAME, check_supported
 from nmar_ds.model.vocabulary import add_undo_rows
+from nmar_ds.yaml_input import nearest
 
 EXPORT_FACTS = "nmar.json"
 # transformers holds this object by a weak reference only; once it is gone, `from_pretrained`

@@ -25,7 +25,6 @@ DENOMINATORS = ("common", "traces", "sum", "trained")
 RESPONSE_ROLES = (Role.PREFIX, Role.DEVIATION, Role.UNDO, Role.CORRECTION)
 
 
-
 def role_weights(preset: str, custom: Mapping[str, float] | None = None) -> FloatArray:
     """Loss weight of each role.
 
@@ -53,8 +52,8 @@ def role_weights(preset: str, custom: Mapping[str, float] | None = None) -> Floa
         )
     for label in table:
         if label not in ROLE_BY_LABEL:
-            near = difflib.get_close_matches(label, ROLE_BY_LABEL, n=1)
-            raise ConfigError(f"{key}.{label}: no such role, expected {near[0] if near else ', '.join(ROLE_BY_LABEL)}")
+            near = difflib.get_close_matches(label, ROLE_BY_LABEL, n=1) or list(ROLE_BY_LABEL)
+            raise ConfigError(f"{key}.{label}: no such role, expected {' or '.join(near)}")
     weights = np.zeros(NUM_ROLES)
     for label, role in ROLE_BY_LABEL.items():
         if label not in table:

@@ -1,0 +1,1 @@
+"""Records to traces: roles, reduction, encoding, builders. No torch."""

@@ -29,6 +29,7 @@ __all__ = [
 
 REPEAT_SHARE = 0.1  # of the deviations after the first: a repeated error at the same place
 NUM_DONORS_TRIED = 16
+NUM_WHOLE_DONORS_TRIED = 12  # of them: donors that end too early are passed over
 NUM_CUTS_TRIED = 4
 
 Draw = Callable[[Turn, int], Deviation | None]
@@ -106,7 +107,8 @@ def hard(
             that reads the same.
         tokenizer: that of the pool.
         max_deviations: numbers are uniform from 1 to this.
-        max_deviation_length: in tokens; uniform from 1 to this, shorter where the donor ends.
+        max_deviation_length: in tokens; uniform from 1 to this, shorter where a few draws find
+            no donor that long.
     """
 
     def draw(turn: Turn, cut: int) -> Deviation | None:
@@ -115,7 +117,7 @@ def hard(
         wanted = tokenizer.class_of[right[0]]
         continues = len(turns[0].prompt_ids) > int(tokenizer.add_bos) or turn is not turns[0]
         own = pool.number_of(turn.reference_ids)
-        for _ in range(NUM_DONORS_TRIED):
+        for tried in range(NUM_DONORS_TRIED):
             taken = pool.draw(
                 group=group, right_id=int(right[0]), rng=rng, length=length, own=own, record=record
             )
@@ -123,6 +125,8 @@ def hard(
                 return None
             if not len(taken) or not _starts_wrong(taken, right, tokenizer):
                 continue
+            if len(taken) < length and tried < NUM_WHOLE_DONORS_TRIED:
+                continue  # taking what donors' ends leave would make long deviations rare
             ids = _as_encoded(turn.reference_ids[:cut], taken, tokenizer, continues)
             if (
                 ids is not None

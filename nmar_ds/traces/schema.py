@@ -73,7 +73,7 @@ class Trace:
         return len(self.ids)
 
     def segments(self) -> Iterator[Segment]:
-        """Yield the role runs in order. The grammar keeps equal roles apart, so runs are segments."""
+        """Yield the role runs in order; the grammar keeps equal roles apart."""
         cuts = np.flatnonzero(np.diff(self.roles)) + 1
         starts = [0, *cuts.tolist()] if len(self.ids) else []
         for start, end in zip(starts, [*starts[1:], len(self.ids)], strict=True):

@@ -1,0 +1,1 @@
+"""Ranks, engine, loop, checkpoints, export."""

@@ -43,11 +43,11 @@ class Peers(Protocol):
     rank: int
     world_size: int
 
-    def barrier(self) -> None: ...
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank, in order of rank; waits for all."""
 
-    def gather(self, value: Any) -> list[Any]: ...
-
-    def broadcast(self, value: Any) -> Any: ...
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +64,7 @@ class Found:
 
     @property
     def step(self) -> int:
+        """Optimizer steps done when it was saved."""
         return int(self.manifest["step"])
 
 
@@ -326,7 +327,9 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], folder: Path)
     """Refuse to continue a run with other data, tokenizer or settings.
 
     Args:
-        saved, current: flat facts that decide what is trained, by dotted name.
+        saved: flat facts that decide what is trained, by dotted name, from the checkpoint.
+        current: the same of the run that is about to start.
+        folder: the checkpoint, for the message.
 
     Raises:
         CheckpointError: names each fact that differs, before and now.

@@ -100,10 +100,6 @@ class ProcessPeers:
         self.rank = torch.distributed.get_rank()
         self.world_size = torch.distributed.get_world_size()
 
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        torch.distributed.barrier()
-
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
         box = [value]
@@ -150,9 +146,7 @@ def make_optimizer(model: torch.nn.Module, section: OptimizerSection) -> torch.o
     groups = [group for group in groups if group["params"]]
     if section.name == "sgd":
         return torch.optim.SGD(groups, lr=section.learning_rate)
-    return torch.optim.AdamW(
-        groups, lr=section.learning_rate, betas=section.betas, eps=section.eps
-    )
+    return torch.optim.AdamW(groups, lr=section.learning_rate, betas=section.betas, eps=section.eps)
 
 
 class Engine:
@@ -184,6 +178,7 @@ class Engine:
         self.device = self._engine.device
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward, with its parameters gathered."""
         return self._engine(*args, **kwargs)
 
     @property

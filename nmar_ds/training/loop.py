@@ -29,6 +29,8 @@ def learning_rate(step: int, total_steps: int, section: OptimizerSection) -> flo
 
     Args:
         step: 0-based optimizer step about to be taken. The first step of a warm-up already moves.
+        total_steps: of the run.
+        section: peak, warm-up and floor.
     """
     warmup = section.warmup_steps
     if step < warmup:

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -26,7 +27,7 @@ class Monitor:
         self, folder: Path, *, is_writer: bool, total_steps: int, first_step: int = 0
     ) -> None:
         self._writer: SummaryWriter | None = None
-        self._bar: tqdm[None] | None = None
+        self._bar: Any = None  # a tqdm; its type wants a type of items, and there are none
         self._total_steps = total_steps
         self._started = time.monotonic()
         self._first_step = first_step

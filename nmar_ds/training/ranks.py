@@ -65,13 +65,17 @@ def discover_ranks(environ: Mapping[str, str]) -> Ranks:
     local_name = "LOCAL_WORLD_SIZE" if environ.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE"
     local_size = _number(environ, local_name) if environ.get(local_name) else world_size
     if not 0 <= rank < world_size:
-        raise LaunchError(f"environment: RANK: is {rank}, expected less than WORLD_SIZE {world_size}")
+        raise LaunchError(
+            f"environment: RANK: is {rank}, expected less than WORLD_SIZE {world_size}"
+        )
     if not local_rank < local_size <= world_size:
         raise LaunchError(
             f"environment: LOCAL_RANK: is {local_rank} of {local_size} local ranks in a world of "
             f"{world_size}, expected LOCAL_RANK < {local_name} <= WORLD_SIZE"
         )
-    return Ranks(rank=rank, local_rank=local_rank, world_size=world_size, local_world_size=local_size)
+    return Ranks(
+        rank=rank, local_rank=local_rank, world_size=world_size, local_world_size=local_size
+    )
 
 
 def complete_environment(environ: MutableMapping[str, str], ranks: Ranks) -> None:

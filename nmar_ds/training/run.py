@@ -49,6 +49,7 @@ class StopSignal:
         self.received = True
 
     def __call__(self) -> bool:
+        """Whether a signal has come."""
         return self.received
 
 
@@ -184,9 +185,7 @@ def _canary(
     )
 
 
-def _build_engine(
-    config: RunConfig, plan: RunPlan, settings: dict[str, Any]
-) -> tuple[Engine, str]:
+def _build_engine(config: RunConfig, plan: RunPlan, settings: dict[str, Any]) -> tuple[Engine, str]:
     facts = plan.store.manifest["tokenizer"]
     loaded = load_model(
         config.model,
@@ -203,9 +202,7 @@ def _build_engine(
     check_supported(loaded.model.config, longest=int(plan.store.lengths.max()))
     model = UndoTrainingModel(loaded.model)
     layers = sorted(loaded.model._no_split_modules or ()) if config.zero.gather_whole_layers else []
-    engine = Engine(
-        model, settings, make_optimizer(model, config.optimizer), whole_modules=layers
-    )
+    engine = Engine(model, settings, make_optimizer(model, config.optimizer), whole_modules=layers)
     return engine, loaded.undo_row
 
 
@@ -233,9 +230,7 @@ def _find_checkpoint(
     return result
 
 
-def _manifest_facts(
-    config: RunConfig, plan: RunPlan, ranks: Ranks, model: Any
-) -> dict[str, Any]:
+def _manifest_facts(config: RunConfig, plan: RunPlan, ranks: Ranks, model: Any) -> dict[str, Any]:
     import deepspeed
     import transformers
 

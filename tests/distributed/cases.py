@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from nmar_ds.config import OptimizerSection, TrainingSection, ZeroSection
 from nmar_ds.traces.schema import Role
 
 VOCAB = 61
@@ -71,8 +70,7 @@ def model_keys(tied: bool) -> dict[str, Any]:
 
 
 def settings(world_size: int, *, global_rows: int, persistence: int, learning_rate: float) -> Any:
-    from nmar_ds.config import deepspeed_config
-    from nmar_ds.config import RunConfig
+    from nmar_ds.config import RunConfig, deepspeed_config
 
     config = RunConfig.model_validate(
         {
@@ -153,7 +151,7 @@ def train_step(
         whole_modules=["LlamaDecoderLayer"] if whole_layers else [],
     )
     if break_it == "gas":  # DeepSpeed's default: divide by the accumulation steps as well
-        engine.backward = lambda loss: engine._engine.backward(loss)  # type: ignore[method-assign]
+        engine.backward = engine._engine.backward  # type: ignore[method-assign]
     if break_it == "world":
         engine.world_size = 1
     traces = make_traces()
@@ -250,9 +248,6 @@ def reference_gradients(
     return gradients, sums, counts
 
 
-__all__ = ["OptimizerSection", "TrainingSection", "ZeroSection"]
-
-
 class Quiet:
     """A monitor that remembers what it was told."""
 
@@ -272,8 +267,18 @@ class Quiet:
         pass
 
 
-def poisoned_run(*, bad_steps: list[int], kind: str, on_rank: int, dtype: str) -> dict[str, Any]:
-    """Run 6 steps in which one rank's loss is not finite at some; report what the loop did."""
+def poisoned_run(
+    *,
+    bad_steps: list[int],
+    kind: str,
+    on_rank: int,
+    dtype: str,
+    stop_at: int | None = None,
+) -> dict[str, Any]:
+    """Run 6 steps in which one rank's loss is not finite at some; report what the loop did.
+
+    With `stop_at` that rank, and no other, is told to stop during that step.
+    """
     import torch.distributed as dist
 
     from nmar_ds.config import ModelSection, deepspeed_config
@@ -290,9 +295,7 @@ def poisoned_run(*, bad_steps: list[int], kind: str, on_rank: int, dtype: str) -
     config = config.model_copy(update={"model": section})
     ds_settings = deepspeed_config(config, world_size=2)
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    loaded = load_model(
-        section, ds_settings, tokenizer_size=VOCAB, undo_id=UNDO, ids=ids, seed=3
-    )
+    loaded = load_model(section, ds_settings, tokenizer_size=VOCAB, undo_id=UNDO, ids=ids, seed=3)
     model = UndoTrainingModel(loaded.model)
     engine = Engine(model, ds_settings, make_optimizer(model, config.optimizer))
     traces = make_traces()
@@ -310,6 +313,7 @@ def poisoned_run(*, bad_steps: list[int], kind: str, on_rank: int, dtype: str) -
     )
     monitor = Quiet()
     weights_at: list[float] = []
+    saved_after: list[int] = []
     loop = TrainingLoop(
         engine,
         loader,
@@ -319,10 +323,10 @@ def poisoned_run(*, bad_steps: list[int], kind: str, on_rank: int, dtype: str) -
         training=config.training,
         total_steps=6,
         monitor=monitor,  # type: ignore[arg-type]
-        save=lambda step: None,
+        save=saved_after.append,
         save_every=None,
         measure_heldout=dict,
-        stop_requested=lambda: False,
+        stop_requested=lambda: dist.get_rank() == on_rank and state["step"] == stop_at,
     )
     plain = engine.backward
     state = {"step": 0, "micro": 0}
@@ -347,13 +351,15 @@ def poisoned_run(*, bad_steps: list[int], kind: str, on_rank: int, dtype: str) -
         return agreed(done, sums, applied)
 
     loop._agree = watching  # type: ignore[method-assign]
-    error = None
+    error, complete = None, None
     try:
-        loop.run(0)
+        complete = loop.run(0)
     except DivergenceError as caught:
         error = str(caught)
     return {
         "error": error,
+        "complete": complete,
+        "saved": saved_after,
         "total": loop.nonfinite_total,
         "lines": monitor.lines,
         "weights": weights_at,

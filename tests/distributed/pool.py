@@ -64,7 +64,9 @@ class RankPool:
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 180, **kwargs: Any) -> list[Any]:
+    def run(
+        self, function: Callable[..., Any], *args: Any, timeout: float = 180, **kwargs: Any
+    ) -> list[Any]:
         """Run a module-level function on every rank; results in order of rank."""
         for pipe in self._pipes:
             pipe.send((function, args, kwargs))

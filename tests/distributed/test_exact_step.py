@@ -80,9 +80,7 @@ def test_one_rank_gas_4_equals_two_ranks_gas_2_equals_one_big_batch(
 
 @pytest.mark.parametrize("broken", ["gas", "world"])
 def test_a_lost_factor_is_seen(two_ranks: RankPool, broken: str) -> None:
-    result = on_first(
-        two_ranks.run(cases.train_step, tied=True, weights=MSFT, break_it=broken)
-    )
+    result = on_first(two_ranks.run(cases.train_step, tied=True, weights=MSFT, break_it=broken))
     parts, _, counts = cases.reference_gradients(
         result["before"], tied=True, traces=result["traces"], dtype=torch.float64
     )

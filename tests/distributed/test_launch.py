@@ -301,8 +301,8 @@ def test_bad_input_is_one_line_within_two_seconds(
     if message is None:
         return  # visible only to transformers, so not bound to two seconds
     assert message in lines[0]
-    imports = run_python(
-        "-X", "importtime", "launcher/train.py", *words, code=2
-    ).stderr
+    imports = run_python("-X", "importtime", "launcher/train.py", *words, code=2).stderr
     assert not re.search(r"\| +(torch|transformers|deepspeed)$", imports, re.MULTILINE)
-    assert seconds < 10, "two seconds on an idle machine; this bound only catches a lost import guard"
+    assert seconds < 10, (
+        "two seconds on an idle machine; this bound only catches a lost import guard"
+    )

@@ -38,8 +38,21 @@ def test_three_nonfinite_steps_in_a_row_stop_all_ranks(two_ranks: RankPool, on_r
         cases.poisoned_run, bad_steps=[1, 2, 3, 4], kind="nan", on_rank=on_rank, dtype="float32"
     )
     for result in results:
-        assert result["error"] is not None and "step 4: 3 non-finite steps in a row" in result["error"]
+        assert (
+            result["error"] is not None and "step 4: 3 non-finite steps in a row" in result["error"]
+        )
         assert len(result["weights"]) == 4
+
+
+@pytest.mark.parametrize("on_rank", [0, 1])
+def test_a_stop_signal_on_one_rank_stops_all(two_ranks: RankPool, on_rank: int) -> None:
+    results = two_ranks.run(
+        cases.poisoned_run, bad_steps=[], kind="nan", on_rank=on_rank, dtype="float32", stop_at=3
+    )
+    for result in results:
+        assert result["complete"] is False
+        assert result["saved"] == [3]
+        assert len(result["weights"]) == 3
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -61,9 +74,7 @@ def test_undo_rows_are_equal_on_all_ranks(
         if name in names:
             known = value[:undo_id]
             np.testing.assert_array_equal(loaded[:undo_id], known)
-            np.testing.assert_allclose(
-                loaded[undo_id], known.mean(axis=0), rtol=1e-5, atol=1e-7
-            )
+            np.testing.assert_allclose(loaded[undo_id], known.mean(axis=0), rtol=1e-5, atol=1e-7)
             np.testing.assert_array_equal(loaded[undo_id + 1 :], value[undo_id + 1 :])
         else:
             np.testing.assert_array_equal(loaded, value)
