@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
             )
         )
         return 0
-    except NmarError as error:
+    except (NmarError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         for line in prepare_run(config):
             print(line, flush=True)
         return 0
-    except NmarError as error:
+    except (NmarError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -37,7 +37,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
     arguments = parse(argv)
-    ranks = None
+    ranks, joined = None, False
     try:
         config = load_config(arguments.config, arguments.overrides)
         ranks = discover_ranks(os.environ)
@@ -51,16 +51,21 @@ def main(argv: list[str] | None = None) -> int:
 
         plan = plan_run(config)
         if arguments.dry_run:
-            print("\n".join(plan.summary(config)))
+            if ranks.rank == 0:
+                print("\n".join(plan.summary(config)))
             return 0
         complete_environment(os.environ, ranks)
         from nmar_ds.training.run import run_training
 
+        joined = True
         run_training(config, plan, ranks)
         return 0
-    except NmarError as error:
-        if ranks is None or ranks.rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+    except (NmarError, OSError) as error:
+        # Once for what all ranks know; before they meet, once per machine; else by the one rank.
+        alone = joined and not getattr(error, "shared", False)
+        if ranks is None or alone or (ranks.rank if joined else ranks.local_rank) == 0:
+            who = f"rank {ranks.rank}: " if ranks is not None and alone and ranks.rank else ""
+            print(f"error: {who}{error}", file=sys.stderr, flush=True)
         return 1 if isinstance(error, DivergenceError | IsolationError) else 2
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -41,6 +42,7 @@ class SentencePieceTraining(Section):
     vocab_size: PositiveInt
     """Number of ids, `<UNDO>` and the other control symbols among them."""
     model_type: Literal["unigram", "bpe"] = "unigram"
+    """SentencePiece model type."""
     phrases: list[str] = []
     """Fixed wording that becomes one piece wherever it occurs (unigram only)."""
 
@@ -58,7 +60,9 @@ class UndoSection(Section):
     """What the undo token is and what one of it undoes (SPEC section 2)."""
 
     token: str = "<UNDO>"
+    """Its text form; a text can never produce the token itself."""
     semantics: Literal["token", "span", "reset"] = "token"
+    """What one of it undoes; only `token`, one token each, is built end to end."""
 
     @field_validator("semantics")
     @classmethod
@@ -82,6 +86,12 @@ class TraceSection(Section):
     max_deviation_length: PositiveInt = 6
     """Tokens; lengths are drawn uniformly from 1 to this."""
 
+    @model_validator(mode="after")
+    def _given_once(self) -> TraceSection:
+        if self.builder == "given" and self.per_record != 1:
+            raise ValueError("`given` makes one trace of a record, so `per_record` must be 1")
+        return self
+
 
 class DataSection(Section):
     """Where the records are, and how they are packed."""
@@ -97,6 +107,7 @@ class DataSection(Section):
     overlong: Literal["error", "drop"] = "error"
     """A trace longer than a row stops the preparation, or is dropped and counted."""
     traces: TraceSection = TraceSection()
+    """How records become traces."""
 
     @field_validator("train", "heldout")
     @classmethod
@@ -116,6 +127,7 @@ class ModelSection(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of weights and activations; the optimizer always keeps fp32 master weights."""
     activation_checkpointing: bool = False
+    """Recompute activations in the backward: less memory, a third more work."""
     pad_vocab_to_multiple_of: PositiveInt = 1
     """Embedding rows are rounded up to this when rows have to be added."""
 
@@ -132,9 +144,11 @@ class ObjectiveSection(Section):
     """The loss: a weight per role and an explicit denominator (SPEC section 3)."""
 
     preset: Literal["msft", "sft", "custom"] = "msft"
+    """`msft` does not train the deviations, `sft` does, `custom` takes `weights`."""
     weights: dict[str, float] | None = None
     """Weights by role name, for `custom` only; `prompt` may be left out and weighs 0 then."""
     denominator: Literal["common", "trained", "traces", "sum"] = "common"
+    """What the sum of losses is divided by, over the whole global batch (SPEC section 3)."""
 
     @model_validator(mode="after")
     def _weights_fit(self) -> ObjectiveSection:
@@ -149,10 +163,13 @@ class OptimizerSection(Section):
     """AdamW (or plain SGD) with linear warm-up and cosine decay."""
 
     name: Literal["adamw", "sgd"] = "adamw"
+    """The optimizer."""
     learning_rate: Annotated[float, Field(gt=0)]
     """At the end of the warm-up."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW only."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW only."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """On matrices only; norms and biases are exempt."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -178,6 +195,7 @@ class TrainingSection(Section):
     """How long, and in which portions."""
 
     epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the packed rows; give this or `steps`."""
     steps: PositiveInt | None = None
     """Optimizer steps; give this or `epochs`."""
     global_batch_rows: PositiveInt
@@ -187,6 +205,7 @@ class TrainingSection(Section):
     world_size: PositiveInt | None = None
     """Refuse to start with another number of ranks."""
     log_every: PositiveInt = 10
+    """Steps between figures in the log and in TensorBoard."""
     eval_every: PositiveInt | None = None
     """Steps between held-out losses; they are always taken at the start and at the end."""
     eval_rows: PositiveInt = 16
@@ -218,10 +237,15 @@ class ZeroSection(Section):
     """ZeRO-3 knobs; the defaults are DeepSpeed's, but for `gather_whole_layers`."""
 
     overlap_comm: bool = True
+    """Overlap gradient reduction with the backward (GPUs)."""
     reduce_bucket_size: PositiveInt = 500_000_000
+    """Elements reduced at once."""
     prefetch_bucket_size: PositiveInt = 50_000_000
+    """Elements gathered ahead of their use."""
     param_persistence_threshold: Annotated[int, Field(ge=0)] = 100_000
+    """Parameters smaller than this stay whole on every rank."""
     max_live_parameters: PositiveInt = 1_000_000_000
+    """Elements that may be gathered at a time."""
     gather_whole_layers: bool = True
     """Gather a decoder layer's parameters at once: fewer hooks and larger messages."""
 
@@ -230,20 +254,31 @@ class RunConfig(Section):
     """Everything one run needs."""
 
     name: str
-    """Letters, digits, `.`, `_`, `-`; names the run in TensorBoard."""
+    """Letters, digits, `.`, `_`, `-`; kept in checkpoints."""
     output: str
     """Run folder: checkpoints, TensorBoard events, the resolved configuration."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of deviations, tokenizer training, initial weights and row order."""
     context: Literal["linear", "pruned"] = "linear"
+    """What a token may see; only `linear` is built end to end."""
     tokenizer: TokenizerSection
+    """The tokenizer."""
     undo: UndoSection = UndoSection()
+    """The undo token."""
     data: DataSection
+    """Records, stores and rows."""
     model: ModelSection
+    """The model."""
     objective: ObjectiveSection = ObjectiveSection()
+    """The loss."""
     optimizer: OptimizerSection
+    """The optimizer and its schedule."""
     training: TrainingSection
+    """Length and portions."""
     checkpoint: CheckpointSection = CheckpointSection()
+    """Saving and resuming."""
     zero: ZeroSection = ZeroSection()
+    """ZeRO-3 knobs."""
 
     @field_validator("name")
     @classmethod
@@ -393,11 +428,17 @@ def reference_page() -> str:
 
 
 def _type_name(annotation: Any) -> str:
-    text = str(annotation) if not isinstance(annotation, type) else annotation.__name__
-    text = re.sub(r"typing\.|Annotated\[(\w+),.*?\](?=$|[\s|])", r"\1", text)
-    if text.startswith("Literal"):
-        return " or ".join(f"`{value}`" for value in annotation.__args__)
-    return "`" + text.replace("|", "or") + "`"
+    """`int or null` for `Annotated[int, ...] | None`, and the values of a Literal."""
+    if get_origin(annotation) is Literal:
+        return " or ".join(f"`{value}`" for value in get_args(annotation))
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join(_type_name(part) for part in get_args(annotation))
+    if get_origin(annotation) is Annotated:
+        return _type_name(get_args(annotation)[0])
+    if annotation is type(None):
+        return "`null`"
+    name = annotation.__name__ if get_origin(annotation) is None else str(annotation)
+    return "`" + name.replace("typing.", "") + "`"
 
 
 def _shown(value: Any) -> str:

@@ -10,7 +10,13 @@ from pathlib import Path
 
 
 class NmarError(Exception):
-    """Base of every error caused by input, configuration or the machine, not by a bug."""
+    """Base of every error caused by input, configuration or the machine, not by a bug.
+
+    Attributes:
+        shared: all ranks know of it, so one of them reports it.
+    """
+
+    shared = False
 
 
 class ConfigError(NmarError):
@@ -45,6 +51,10 @@ class TraceError(NmarError):
 
 class VocabularyError(NmarError):
     """Tokenizer, embedding rows and stored ids that do not fit each other."""
+
+
+class NoUndoTokenError(VocabularyError):
+    """A tokenizer that lacks the undo token and can be given one."""
 
 
 class StoreError(NmarError):

@@ -44,7 +44,7 @@ def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)
         mark = key_node.start_mark
-        if isinstance(key, list | dict):
+        if isinstance(key, list | dict | set):
             what = type(key).__name__
             raise ConfigError(f"{mark.name}:{mark.line + 1}: a {what} cannot be a key")
         if key in mapping:
@@ -72,6 +72,8 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
         raise ConfigError(f"{path}: no such configuration file") from None
     except IsADirectoryError:
         raise ConfigError(f"{path}: is a folder, expected a YAML file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: byte {error.start} is not UTF-8") from None
     try:

@@ -11,7 +11,8 @@ question to the letter plus a line break, `reference` the one right response:
 
 Every reference's answer must score 1.0 with reasoning-gym's own verifier, or nothing is written.
 No prompt occurs twice, and no held-out word of spell_backward is a training word in other letter
-case. Held-out problems are drawn first.
+case. Problems are shuffled before they are split: there are few short sums, and drawn in turn
+they would all end up on one side.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import random
 import sys
 from importlib.metadata import metadata, version
 from pathlib import Path
@@ -26,6 +28,7 @@ from typing import Any
 
 # What differs from reasoning-gym's defaults, which are 3 to 10 letters, and 2 to 6 terms of 1 to
 # 4 digits: sizes that a model of 0.9M weights learns in minutes.
+SHARES = {"spell_backward": 0.4, "chain_sum": 0.6}  # of the training problems; sums learn slower
 FAMILIES: dict[str, dict[str, int]] = {
     "spell_backward": {"min_word_len": 3, "max_word_len": 7},
     "chain_sum": {"min_terms": 2, "max_terms": 4, "min_digits": 1, "max_digits": 1},
@@ -76,7 +79,9 @@ def make(family: str, seed: int, num: int) -> tuple[list[dict[str, str]], dict[s
             break
     else:
         sys.exit(f"{family}: gives only {len(records)} different problems, {num} are wanted")
-    return list(records.values()), {"dataset": type(data).__name__, "settings": settings}
+    shuffled = list(records.values())
+    random.Random(seed).shuffle(shuffled)
+    return shuffled, {"dataset": type(data).__name__, "settings": settings}
 
 
 def main() -> int:
@@ -86,7 +91,7 @@ def main() -> int:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--train", type=int, default=10_000, help="training problems per family")
+    parser.add_argument("--train", type=int, default=20_000, help="training problems in all")
     parser.add_argument("--heldout", type=int, default=400, help="held-out problems per family")
     arguments = parser.parse_args()
     about: dict[str, Any] = {
@@ -100,16 +105,19 @@ def main() -> int:
         "families": {},
         "files": {},
     }
+    contents: dict[str, bytes] = {}
     for family in FAMILIES:
-        records, made_with = make(family, arguments.seed, arguments.heldout + arguments.train)
+        num_train = round(SHARES[family] * arguments.train)
+        records, made_with = make(family, arguments.seed, arguments.heldout + num_train)
         about["families"][family] = made_with
         parts = {"heldout": records[: arguments.heldout], "train": records[arguments.heldout :]}
         for part, chosen in parts.items():
-            content = "".join(json.dumps(record) + "\n" for record in chosen).encode()
             name = f"{family}.{part}.jsonl"
-            (arguments.output / name).write_bytes(content)
-            digest = hashlib.sha256(content).hexdigest()
+            contents[name] = "".join(json.dumps(record) + "\n" for record in chosen).encode()
+            digest = hashlib.sha256(contents[name]).hexdigest()
             about["files"][name] = {"records": len(chosen), "sha256": digest}
+    for name, content in contents.items():
+        (arguments.output / name).write_bytes(content)
     text = json.dumps(about, indent=1, sort_keys=True) + "\n"
     (arguments.output / "provenance.json").write_text(text, encoding="utf-8")
     return 0

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job from end to end: prepare -> train -> export -> evaluate.
+# The main job from end to end: prepare -> train -> export -> examine.
 # Arguments are configuration overrides (a.b=c), for example objective.preset=sft.
 set -euo pipefail
 
@@ -10,31 +10,39 @@ PATH="$BIN:$PATH"
 
 say() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 
-launch=(deepspeed --log_level warning)
-if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
-    ranks=() # all visible GPUs
-    expected=()
+settings=("output=$RUN" "data.store=$RUN/store" "tokenizer.path=$RUN/tokenizer.model" "$@")
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+if [ "$gpus" -gt 0 ]; then
+    ranks=(--num_gpus "$gpus")
+    # The rows of a step divide among two ranks; more GPUs get a row each.
+    if [ "$gpus" -gt 2 ]; then
+        settings+=("training.global_batch_rows=$gpus")
+    fi
 else
     export DS_ACCELERATOR=cpu
     ranks=(--num_gpus 2)
-    expected=(training.world_size=2)
+    settings+=("training.world_size=2")
 fi
 # Several jobs may share this machine.
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+files() { # the record files of a part, one a line
+    python -c 'import sys; from nmar_ds.config import load_config
+print(*getattr(load_config(sys.argv[1], sys.argv[3:]).data, sys.argv[2]), sep="\n")' "$CONFIG" "$1" "${settings[@]}"
+}
 
 say "prepare traces"
-python launcher/prepare.py --config "$CONFIG" output="$RUN" "$@"
+python launcher/prepare.py --config "$CONFIG" "${settings[@]}"
 
 say "train"
-"${launch[@]}" "${ranks[@]}" --master_port "$port" \
-    launcher/train.py --config "$CONFIG" output="$RUN" "${expected[@]}" "$@"
+deepspeed --log_level warning "${ranks[@]}" --master_port "$port" \
+    launcher/train.py --config "$CONFIG" "${settings[@]}"
 
 say "export"
 python launcher/export.py --run "$RUN" --output "$RUN/export" --overwrite
 
-say "evaluate on held-out problems"
-heldout=(examples/quickstart/*.heldout.jsonl)
-training=(examples/quickstart/*.train.jsonl)
+say "examine on held-out problems"
+mapfile -t heldout < <(files heldout)
+mapfile -t training < <(files train)
 python launcher/evaluate_undo.py --model "$RUN/export" --heldout "${heldout[@]}" \
     --train "${training[@]}" --output "$RUN/report.json"
 say "done"

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nmar_ds.data.packing import Plan
-from nmar_ds.traces.schema import NO_ROLE, NUM_ROLES, Role
+from nmar_ds.traces.schema import NO_ROLE, NUM_ROLES
 
 FILLER_ROW = -1
 
@@ -221,8 +221,3 @@ def count_targets(
     for index in range(num_traces):
         counts[index] = np.bincount(roles(index)[1:], minlength=NUM_ROLES)
     return counts
-
-
-def response_targets(counts: npt.NDArray[np.int64]) -> int:
-    """N_p + N_e + N_b + N_c of SPEC section 3: every target that is not of a prompt."""
-    return int(counts.sum() - counts[..., Role.PROMPT].sum())

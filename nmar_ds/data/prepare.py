@@ -2,66 +2,97 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from nmar_ds.config import RunConfig
 from nmar_ds.data.store import read_manifest
-from nmar_ds.errors import ConfigError, StoreError, VocabularyError
+from nmar_ds.errors import ConfigError, NoUndoTokenError, StoreError
 from nmar_ds.traces.encoding import Tokenizer, add_undo, load_tokenizer, train_sentencepiece
 from nmar_ds.traces.prepare import prepare_store
 from nmar_ds.traces.records import read_records
+from nmar_ds.training.checkpoints import sha256_file
 from nmar_ds.training.planning import asked_settings, made_settings, store_folder
 
 
-def _texts(sources: list[Path]) -> Iterator[str]:
-    for source in sources:
-        for record in read_records(source):
-            for turn in record.turns:
-                yield turn.prompt
-                yield turn.reference
+def _texts(sources: list[Path]) -> list[str]:
+    """All texts, read before the trainer starts: it would swallow the error of a bad record."""
+    return [
+        text
+        for source in sources
+        for record in read_records(source)
+        for turn in record.turns
+        for text in (turn.prompt, turn.reference)
+    ]
+
+
+def _training_facts(config: RunConfig) -> dict[str, Any]:
+    """What a tokenizer trained here depends on; kept beside it."""
+    assert config.tokenizer.train is not None
+    return {
+        "undo_token": config.undo.token,
+        "seed": config.seed,
+        **config.tokenizer.train.model_dump(),
+        "sources": {source: sha256_file(Path(source)) for source in config.data.train},
+    }
+
+
+def _train_tokenizer(config: RunConfig, path: Path, facts: dict[str, Any]) -> Tokenizer:
+    training = config.tokenizer.train
+    assert training is not None
+    tokenizer = train_sentencepiece(
+        _texts([Path(source) for source in config.data.train]),
+        path,
+        vocab_size=training.vocab_size,
+        model_type=training.model_type,
+        undo_token=config.undo.token,
+        seed=config.seed,
+        phrases=training.phrases,
+    )
+    if tokenizer.size != training.vocab_size:
+        path.unlink()
+        raise ConfigError(
+            f"tokenizer.train.vocab_size: {training.vocab_size}, but the training records give "
+            f"{tokenizer.size} pieces, expected {tokenizer.size} or less"
+        )
+    path.with_suffix(".json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
+    return tokenizer
 
 
 def ready_tokenizer(config: RunConfig) -> tuple[Tokenizer, str]:
     """The run's tokenizer with `<UNDO>` in it, and one line on where it came from.
 
-    A tokenizer that is trained here is trained again only when it is not there yet: its ids are
-    in the stores. One without `<UNDO>` is extended as a copy; the original stays as it was.
+    One that is trained here is trained again when its settings or the records changed; stores
+    and runs keep copies of their own. One without `<UNDO>` is extended as a copy; the original
+    stays as it was.
     """
     path = Path(config.tokenizer.path)
-    training = config.tokenizer.train
-    if training is not None and not path.exists():
-        tokenizer = train_sentencepiece(
-            _texts([Path(source) for source in config.data.train]),
-            path,
-            vocab_size=training.vocab_size,
-            model_type=training.model_type,
-            undo_token=config.undo.token,
-            seed=config.seed,
-            phrases=training.phrases,
-        )
-        return tokenizer, f"trained {training.model_type} on the training records"
+    if config.tokenizer.train is not None:
+        if path.suffix != ".model":
+            raise ConfigError(f"tokenizer.path: {path}: expected a .model file to train")
+        facts, beside = _training_facts(config), path.with_suffix(".json")
+        if path.exists() and not beside.exists():
+            raise ConfigError(
+                f"tokenizer.path: {path}: was not trained here; drop tokenizer.train, or choose "
+                "another path"
+            )
+        if path.exists() and json.loads(beside.read_text(encoding="utf-8")) == facts:
+            return load_tokenizer(path, undo_token=config.undo.token), "trained before"
+        return _train_tokenizer(config, path, facts), "trained on the training records"
     if not path.exists():
         raise ConfigError(f"tokenizer.path: {path}: no such file or folder")
     try:
-        tokenizer = load_tokenizer(path, undo_token=config.undo.token)
-        origin = "as it was"
-    except VocabularyError:
+        return load_tokenizer(path, undo_token=config.undo.token), "as it was"
+    except NoUndoTokenError:
         extended = Path(config.data.store) / "tokenizer"
         tokenizer = add_undo(path, extended, undo_token=config.undo.token)
-        origin = f"{config.undo.token} added as id {tokenizer.undo_id}"
-    if training is not None and tokenizer.size != training.vocab_size:
-        raise ConfigError(
-            f"tokenizer.train.vocab_size: {training.vocab_size}, but {path} exists and has "
-            f"{tokenizer.size} ids; remove it to train another"
-        )
-    return tokenizer, origin
+        return tokenizer, f"{config.undo.token} added as id {tokenizer.undo_id}"
 
 
 def _up_to_date(folder: Path, settings: dict[str, object], fingerprint: str) -> bool:
     """Whether a store holds what would be prepared now, sources' content included."""
-    from nmar_ds.training.checkpoints import sha256_file
-
     try:
         manifest = read_manifest(folder)
         made = made_settings(manifest)
@@ -81,6 +112,10 @@ def prepare_run(config: RunConfig) -> Iterator[str]:
         TraceError: a record is bad; nothing is left under the stores' names but what was there.
         ConfigError, VocabularyError: settings or tokenizer do not fit.
     """
+    for part in ("train", "heldout"):
+        for source in getattr(config.data, part):
+            if not Path(source).is_file():
+                raise StoreError(f"data.{part}: {source}: no such file")
     tokenizer, origin = ready_tokenizer(config)
     yield f"tokenizer {config.tokenizer.path}: {tokenizer.size} ids, {origin}"
     for part in ("train", "heldout"):
@@ -88,9 +123,6 @@ def prepare_run(config: RunConfig) -> Iterator[str]:
         if _up_to_date(folder, asked_settings(config, part), tokenizer.fingerprint):
             yield f"{part:9} {folder}: up to date"
             continue
-        for source in getattr(config.data, part):
-            if not Path(source).is_file():
-                raise StoreError(f"data.{part}: {source}: no such file")
         section = config.data.traces
         manifest = prepare_store(
             [Path(source) for source in getattr(config.data, part)],

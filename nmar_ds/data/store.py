@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nmar_ds.errors import StoreError
+from nmar_ds.errors import NmarError, StoreError
 from nmar_ds.traces.encoding import Tokenizer, load_tokenizer
 from nmar_ds.traces.schema import NUM_ROLES, IdArray, Role, RoleArray, Trace
 
@@ -113,9 +113,13 @@ def write_store(
             _sync(file)
         _put_in_place(partial, folder)
     except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
         raise StoreError(
             f"{folder}: {error.strerror or error}, expected a writable place"
         ) from error
+    except NmarError:  # a bad trace: nothing half-written stays
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     return manifest
 
 

@@ -120,13 +120,14 @@ def load_model(folder: Path) -> Any:
         ConfigError: transformers cannot load the folder.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"{folder}: not loadable as a model ({line})") from None
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -97,7 +97,12 @@ class UndoTrainingModel(nn.Module):
                 position_ids=position_ids_BT,
                 use_cache=False,
                 segment_layout=layout,
+                # Of one row the head is applied where asked, or its logits would not fit beside
+                # a large vocabulary.
+                **({"logits_to_keep": positions_M} if len(input_ids_BT) == 1 else {}),
             ).logits
+            if len(input_ids_BT) == 1:
+                return _at_least_float(logits_BTV[0])
             return _at_least_float(logits_BTV.flatten(0, 1)[positions_M])
         hidden_NH = self._hidden(input_ids_BT, position_ids_BT, layout)
         # Read once and here: under ZeRO-3 this access is the collective that gathers the head,

@@ -74,7 +74,7 @@ def add_undo_rows(
         VocabularyError: fewer rows than known tokens, or input and head of different sizes.
     """
     if init != "mean":
-        raise ConfigError(f"model.undo_init: {init!r}, expected 'mean'")
+        raise ConfigError(f"initialisation of the undo row: {init!r}, expected 'mean'")
     tied = bool(model.config.get_text_config().tie_word_embeddings)
     num_rows = _num_rows(model.get_input_embeddings().weight)
     _check(model, num_rows, undo_id, num_known_rows)

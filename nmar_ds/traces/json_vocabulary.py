@@ -11,7 +11,7 @@ from typing import Any
 
 import tokenizers
 
-from nmar_ds.errors import VocabularyError
+from nmar_ds.errors import NoUndoTokenError, VocabularyError
 from nmar_ds.traces.encoding import (
     TOKENIZER_CONFIG,
     TOKENIZER_JSON,
@@ -71,7 +71,7 @@ class JsonVocabulary(Tokenizer):
                 "special added token; choose another undo token"
             )
         if not found:
-            raise VocabularyError(
+            raise NoUndoTokenError(
                 f"{file}: no special token {undo_token!r}, expected one; add it with "
                 "nmar_ds.traces.encoding.add_undo"
             )

@@ -13,7 +13,7 @@ from typing import Any
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
-from nmar_ds.errors import VocabularyError
+from nmar_ds.errors import NoUndoTokenError, VocabularyError
 from nmar_ds.traces.encoding import SENTENCEPIECE_FILE, Tokenizer, fingerprint_of
 
 WORD_MARK = "\u2581"
@@ -35,7 +35,7 @@ class SentencePieceVocabulary(Tokenizer):
         self._require_plain()
         types = {piece.piece: piece.type for piece in self.model.pieces}
         if undo_token not in types:
-            raise VocabularyError(
+            raise NoUndoTokenError(
                 f"{file}: no piece {undo_token!r}, expected it as a control symbol; "
                 "add it with nmar_ds.traces.encoding.add_undo"
             )

@@ -140,7 +140,9 @@ def publish(
             shutil.rmtree(partial, ignore_errors=True)
     problem = peers.broadcast(problem)
     if problem is not None:
-        raise CheckpointError(problem)
+        error = CheckpointError(problem)
+        error.shared = True
+        raise error
     if peers.rank == 0:
         retain(folder, keep=keep)
     return final

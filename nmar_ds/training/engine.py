@@ -125,6 +125,7 @@ class ProcessPeers:
             problem = error
         problems = [p for p in self.gather(problem) if p is not None]
         if problems:
+            problems[0].shared = True
             raise problems[0]
 
 

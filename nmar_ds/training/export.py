@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nmar_ds.config import load_config
 from nmar_ds.errors import CheckpointError, ConfigError, VocabularyError
 from nmar_ds.inference.exported import FORMAT_VERSION, SETTINGS_NAME, TOKENIZER_FOLDER
-from nmar_ds.traces.encoding import Tokenizer, load_tokenizer
+from nmar_ds.traces.encoding import Tokenizer, assert_parity, load_tokenizer
+from nmar_ds.traces.records import read_records
 from nmar_ds.training.checkpoints import Found, find_newest, folder_name, verify
 
+NUM_PARITY_RECORDS = 200  # per held-out file
 MODEL_PREFIX = "lm."  # the model's name inside UndoTrainingModel
 
 
@@ -38,6 +43,8 @@ def export_checkpoint(
         VocabularyError: the run's tokenizer is not the one it was trained with.
     """
     found = _choose(run / "checkpoints", step)
+    if output.is_file():
+        raise ConfigError(f"{output}: is a file, expected a folder to write")
     if output.exists():
         if not overwrite:
             raise ConfigError(f"{output}: exists, expected a new folder, or --overwrite")
@@ -52,12 +59,30 @@ def export_checkpoint(
     aside = output.with_name(output.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    num_weights = _write_model(found, aside)
-    _write_tokenizer(tokenizer, run / "tokenizer", facts, aside)
-    if output.exists():
-        shutil.rmtree(output)
-    aside.rename(output)
+    try:
+        num_weights = _write_model(found, aside)
+        _write_tokenizer(tokenizer, run / "tokenizer", facts, aside)
+        assert_parity(tokenizer, aside, _sample_texts(run))
+        if output.exists():
+            old = output.with_name(output.name + ".previous")
+            shutil.rmtree(old, ignore_errors=True)
+            output.rename(old)
+            aside.rename(output)
+            shutil.rmtree(old)
+        else:
+            aside.rename(output)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     return f"exported  {found.folder} ({num_weights:,} weights, {facts['dtype']}) to {output}"
+
+
+def _sample_texts(run: Path) -> Iterator[str]:
+    """Texts of the run's held-out records, on which both tokenizers must agree."""
+    config = load_config(run / "config.yaml")
+    for source in config.data.heldout:
+        if Path(source).is_file():
+            for record in itertools.islice(read_records(source), NUM_PARITY_RECORDS):
+                yield from (turn.prompt + turn.reference for turn in record.turns)
 
 
 def _choose(folder: Path, step: int | None) -> Found:

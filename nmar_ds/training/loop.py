@@ -114,6 +114,9 @@ class TrainingLoop:
         self.stop_requested = stop_requested
         self.nonfinite_total = 0
         self.nonfinite_in_a_row = 0
+        # Seconds, tokens, trained tokens and steps on this rank since the last log, without the
+        # time that evaluations and checkpoints take.
+        self._pace = np.zeros(4)
 
     def run(self, first_step: int) -> bool:
         """Train from `first_step` (steps already done) to the end or to a stop signal.
@@ -134,8 +137,9 @@ class TrainingLoop:
             sums = self.forward_backward(step, also_untrained=logged)
             applied = self.engine.step_was_applied()
             stop = self._agree(done, sums, applied)
+            self._pace += (time.monotonic() - started, sums.tokens, sums.trained, 1)
             if logged:
-                self._log(done, sums, time.monotonic() - started)
+                self._log(done, sums)
             self.monitor.advance()
             at_end = done == self.total_steps
             every = self.training.eval_every
@@ -197,19 +201,23 @@ class TrainingLoop:
         )
         self.monitor.scalars(done, {"safety/nonfinite_steps": self.nonfinite_total})
         if self.nonfinite_in_a_row >= self.training.max_nonfinite_steps:
-            raise DivergenceError(
+            error = DivergenceError(
                 f"step {done}: {self.nonfinite_in_a_row} non-finite steps in a row "
                 f"(training.max_nonfinite_steps); the last checkpoint is untouched"
             )
+            error.shared = True
+            raise error
         return stop
 
-    def _log(self, done: int, sums: StepSums, seconds: float) -> None:
-        """Reduce the step's sums over the ranks and write them. Collective."""
+    def _log(self, done: int, sums: StepSums) -> None:
+        """Reduce the step's sums, and the tokens since the last log, over the ranks. Collective."""
         assert sums.roles is not None
+        seconds, tokens_here, trained_here, num_steps = self._pace
+        self._pace = np.zeros(4)
         packed = torch.cat(
             [
                 sums.roles.flatten(),
-                torch.tensor([sums.loss, sums.tokens, sums.trained], dtype=torch.float64),
+                torch.tensor([sums.loss, tokens_here, trained_here], dtype=torch.float64),
             ]
         ).to(self.engine.device)
         totals = all_reduce(packed).cpu()
@@ -219,13 +227,15 @@ class TrainingLoop:
         for role in Role:
             if role_counts[role] > 0:
                 values[f"loss/{role.label}"] = float(role_sums[role] / role_counts[role])
-        capacity = self.loader.global_batch_rows * self.loader.plan.capacity
+                values[f"sums/{role.label}"] = float(role_sums[role])
+                values[f"targets/{role.label}"] = float(role_counts[role])
+        capacity = self.loader.global_batch_rows * self.loader.plan.capacity * num_steps
         values |= {
             "optimizer/learning_rate": learning_rate(done - 1, self.total_steps, self.optimizer),
             "optimizer/gradient_norm": self.engine.gradient_norm(),
             "throughput/tokens_per_second": tokens / seconds,
             "throughput/trained_tokens_per_second": trained / seconds,
-            "throughput/step_seconds": seconds,
+            "throughput/step_seconds": seconds / num_steps,
             "packing/use": tokens / capacity,
         }
         self.monitor.scalars(done, values)

@@ -15,6 +15,7 @@ from nmar_ds.config import RunConfig
 from nmar_ds.data.packing import Plan, best_fit_decreasing
 from nmar_ds.data.store import Store
 from nmar_ds.errors import ConfigError, StoreError
+from nmar_ds.model.folder import check_model_folder
 from nmar_ds.model.weighting import role_weights
 from nmar_ds.traces.schema import Role
 
@@ -154,6 +155,15 @@ def plan_run(config: RunConfig) -> RunPlan:
     for part, opened in (("train", store), ("heldout", heldout)):
         if opened.num_traces == 0:
             raise StoreError(f"{store_folder(config, part)}: holds no traces")
+    if config.model.path is not None:
+        check_model_folder(
+            Path(config.model.path),
+            tokenizer_size=store.manifest["tokenizer"]["size"],
+            undo_id=store.manifest["tokenizer"]["undo_id"],
+            tokenizer_fingerprint=fingerprint,
+        )
+    if Path(config.output).exists() and not Path(config.output).is_dir():
+        raise ConfigError(f"output: {config.output}: is a file, expected a folder")
     plan = best_fit_decreasing(store.lengths, config.data.sequence_length)
     heldout_plan = best_fit_decreasing(heldout.lengths, config.data.sequence_length)
     steps_per_epoch = -(-plan.num_rows // config.training.global_batch_rows)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from nmar_ds.errors import LaunchError
 
+# Sizes that other launchers announce.
+OTHER_LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -49,6 +51,12 @@ def discover_ranks(environ: Mapping[str, str]) -> Ranks:
     """
     present = [name for name in VARIABLES if environ.get(name)]
     if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & set(present):
+        for name in OTHER_LAUNCHERS:
+            if environ.get(name, "1") not in ("", "1"):
+                raise LaunchError(
+                    f"environment: {name}: is {environ[name]}, but RANK, LOCAL_RANK and "
+                    "WORLD_SIZE are not set, expected all of them: every process would train alone"
+                )
         return Ranks(rank=0, local_rank=0, world_size=1, local_world_size=1)
     missing = [name for name in VARIABLES if name not in present]
     if missing:

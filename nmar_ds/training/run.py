@@ -15,7 +15,7 @@ import yaml
 from nmar_ds import __version__
 from nmar_ds.config import RunConfig, deepspeed_config
 from nmar_ds.data.loader import Batch, RowLoader
-from nmar_ds.errors import CheckpointError
+from nmar_ds.errors import CheckpointError, ConfigError
 from nmar_ds.model.attention import check_supported
 from nmar_ds.model.canary import CanaryReport, run_canary
 from nmar_ds.model.loading import load_model, trainable_parameters
@@ -139,6 +139,8 @@ def _run(
             f"model     {num_weights:,} weights, {config.model.dtype}, ZeRO-3 on "
             f"{ranks.world_size} ranks ({device.type}); <UNDO>: {undo_row}"
         )
+        # As in training: activation checkpointing, for one, is off in evaluation mode.
+        engine.train()
         with peers.share_errors():
             report = _canary(engine, loader, first_step, config, plan)
         monitor.say(f"canary    {report}")
@@ -192,6 +194,7 @@ def _build_engine(config: RunConfig, plan: RunPlan, settings: dict[str, Any]) ->
         settings,
         tokenizer_size=facts["size"],
         undo_id=facts["undo_id"],
+        tokenizer_fingerprint=facts["fingerprint"],
         ids={
             "bos_token_id": facts["bos_id"],
             "eos_token_id": facts["eos_id"],
@@ -199,7 +202,13 @@ def _build_engine(config: RunConfig, plan: RunPlan, settings: dict[str, Any]) ->
         },
         seed=config.seed,
     )
-    check_supported(loaded.model.config, longest=int(plan.store.lengths.max()))
+    longest = max(int(store.lengths.max()) for store in (plan.store, plan.heldout))
+    check_supported(loaded.model.config, longest=longest)
+    places = getattr(loaded.model.config, "max_position_embeddings", None)
+    if places is not None and longest > places:
+        raise ConfigError(
+            f"model.max_position_embeddings: {places}, but the longest trace has {longest} tokens"
+        )
     model = UndoTrainingModel(loaded.model)
     layers = sorted(loaded.model._no_split_modules or ()) if config.zero.gather_whole_layers else []
     engine = Engine(model, settings, make_optimizer(model, config.optimizer), whole_modules=layers)

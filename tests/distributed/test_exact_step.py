@@ -119,6 +119,24 @@ def test_safety_gap_b_holds_under_zero3_with_the_common_denominator(two_ranks: R
     assert gap(seen, expected) < TOLERANCE
 
 
+def test_safety_gap_a_holds_under_zero3_with_the_common_denominator(two_ranks: RankPool) -> None:
+    """The terms of b and c have one gradient, whichever objective they stand in (SPEC section 4)."""
+    prefix_only, prefix_and_error = [0.0, 1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 1.0, 0.0, 0.0]
+    parts_of = {}
+    for name, weights, without in (("sft", SFT, prefix_and_error), ("msft", MSFT, prefix_only)):
+        whole = on_first(two_ranks.run(cases.train_step, tied=True, weights=weights))
+        rest = on_first(two_ranks.run(cases.train_step, tied=True, weights=without))
+        parts_of[name] = {
+            n: whole["gradients"][n] - rest["gradients"][n] for n in whole["gradients"]
+        }
+    parts, _, counts = cases.reference_gradients(
+        whole["before"], tied=True, traces=whole["traces"], dtype=torch.float64
+    )
+    expected = combine(parts, [0.0, 0.0, 0.0, 1.0, 1.0], float(counts[1:].sum()))
+    for seen in parts_of.values():
+        assert gap(seen, expected) < TOLERANCE
+
+
 def test_safety_gap_b_fails_by_the_predicted_amount_under_trained(two_ranks: RankPool) -> None:
     """g_SFT - g_mSFT = G_e/N - [N_e / (N (N - N_e))] (G_p + G_b + G_c) under `trained`."""
     arguments = {"tied": True, "denominator": "trained"}

@@ -56,6 +56,8 @@ def verdict(mutant: dict[str, object], tree: Path) -> str:
     file.write_text(original.replace(find, str(mutant["replace"])), encoding="utf-8")
     try:
         result = run_tests(tree, tests)
+    except subprocess.TimeoutExpired:
+        return "caught (it hangs)"
     finally:
         file.write_text(original, encoding="utf-8")
     if result.returncode == 1 and " failed" in result.stdout:
@@ -90,7 +92,7 @@ def main() -> int:
         for mutant in mutants:
             started = time.monotonic()
             result = verdict(mutant, tree)
-            bad += result != "caught"
+            bad += not result.startswith("caught")
             print(f"{mutant['name']:32} {result}  ({time.monotonic() - started:.0f} s)", flush=True)
     print(f"{len(mutants) - bad} caught, {bad} not")
     return 1 if bad else 0

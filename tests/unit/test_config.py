@@ -79,6 +79,7 @@ FULL: dict[str, Any] = {
         "prefetch_bucket_size": 2000,
         "param_persistence_threshold": 0,
         "max_live_parameters": 3000,
+        "gather_whole_layers": False,
     },
 }
 

@@ -66,7 +66,9 @@ def test_there_are_commands() -> None:
 
 @pytest.mark.parametrize(("page", "line"), commands())
 def test_every_command_parses(page: str, line: str) -> None:
-    words = shlex.split(QUICK.sub("", line))
+    words = shlex.split(QUICK.sub("", line), comments=True)
+    if words in (["source", ".venv/bin/activate"], ["export", "DS_ACCELERATOR=cpu"]):
+        return
     if words[0] == "make":
         check_make(words)
     else:
@@ -109,6 +111,14 @@ def test_every_configuration_loads(path: Path) -> None:
 def test_the_configuration_page_is_up_to_date() -> None:
     page = (ROOT / "docs/configuration.md").read_text("utf-8")
     assert page == reference_page(), "run: python -m nmar_ds.config > docs/configuration.md"
+
+
+def test_every_key_has_a_type_and_a_meaning() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \| (.*) \|$", reference_page(), re.M)
+    assert len(rows) > 50
+    for name, kind, _default, meaning in rows:
+        assert meaning.strip(), name
+        assert "Optional" not in kind and "Annotated" not in kind and "Field" not in kind, kind
 
 
 def test_links_lead_somewhere() -> None:

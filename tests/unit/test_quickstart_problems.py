@@ -35,6 +35,19 @@ def test_no_heldout_problem_is_in_training(family: str) -> None:
     assert all(record["group"] == family for record in train + heldout)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_and_heldout_problems_are_equally_long(family: str) -> None:
+    """Few short sums exist; a split in order of drawing put nearly all of them on one side."""
+    shares = []
+    for part in ("train", "heldout"):
+        lengths = [len(record["reference"].split(", ")) for record in records(family, part)]
+        if family == "spell_backward":
+            lengths = [len(record["reference"]) for record in records(family, part)]
+        shares.append({n: lengths.count(n) / len(lengths) for n in range(1, 10)})
+    for length, share in shares[0].items():
+        assert abs(share - shares[1][length]) < 0.08, (length, share, shares[1][length])
+
+
 def test_references_are_right() -> None:
     """Checked here without reasoning-gym; its verifier accepted them when they were made."""
     for part in ("train", "heldout"):
