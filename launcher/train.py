@@ -10,6 +10,7 @@ the run; 2 bad input or configuration.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import sys
 
@@ -37,6 +38,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
     arguments = parse(argv)
+    faulthandler.enable()  # a crash in native code then says where
     ranks, joined = None, False
     try:
         config = load_config(arguments.config, arguments.overrides)
@@ -70,4 +72,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    # Everything is saved and closed. Native threads of the communication libraries have been seen
+    # to abort the interpreter while it shuts down, which would turn a finished run into a failed
+    # job; so it is not shut down.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)

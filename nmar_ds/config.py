@@ -173,6 +173,7 @@ class OptimizerSection(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """On matrices only; norms and biases are exempt."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear rise at the start."""
     final_learning_rate_ratio: Fraction = 0.1
     """Cosine decay ends at this share of the peak."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0

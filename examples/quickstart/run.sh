@@ -14,8 +14,11 @@ settings=("output=$RUN" "data.store=$RUN/store" "tokenizer.path=$RUN/tokenizer.m
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 if [ "$gpus" -gt 0 ]; then
     ranks=(--num_gpus "$gpus")
-    # The rows of a step divide among two ranks; more GPUs get a row each.
+    # The configuration's four rows a step suit one, two or four ranks; other numbers get one each.
     if [ "$gpus" -gt 2 ]; then
+        settings+=("training.micro_batch_rows=1")
+    fi
+    if [ $((4 % gpus)) -ne 0 ]; then
         settings+=("training.global_batch_rows=$gpus")
     fi
 else

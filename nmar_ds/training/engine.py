@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import logging
 import os
 import warnings
@@ -83,6 +84,7 @@ def start_process_group(ranks: Ranks, *, timeout_seconds: int) -> torch.device:
 def close_process_group() -> None:
     """Leave the group; a process that skips this may keep its peers waiting at exit."""
     if torch.distributed.is_initialized():
+        gc.collect()  # engines first: their groups and pending work go with them
         torch.distributed.destroy_process_group()
 
 

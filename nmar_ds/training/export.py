@@ -115,7 +115,7 @@ def full_state(found: Found) -> dict[str, Any]:
         state = get_fp32_state_dict_from_zero_checkpoint(
             str(found.folder.parent), tag=found.folder.name
         )
-    return {name.removeprefix(MODEL_PREFIX): tensor for name, tensor in state.items()}
+    return {name.removeprefix(MODEL_PREFIX): tensor.detach() for name, tensor in state.items()}
 
 
 def _write_model(found: Found, folder: Path) -> int:

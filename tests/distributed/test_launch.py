@@ -132,7 +132,7 @@ def whole(prepared: Path) -> tuple[Path, str]:
     process = launch(prepared, f"output={prepared / 'whole'}", "training.world_size=2")
     output = finish(process)
     assert process.returncode == 0, output
-    assert "canary    " in output and "change of its logits with all other tokens: 0" in output
+    assert re.search(r"canary    \d\d checks passed", output), output
     return prepared / "whole", output
 
 

@@ -19,7 +19,6 @@ from nmar_ds.data.loader import (
     RowLoader,
     count_targets,
     make_batch,
-    response_targets,
 )
 from nmar_ds.data.packing import Plan, best_fit_decreasing
 from nmar_ds.traces.schema import NO_ROLE, NUM_ROLES, Role
@@ -166,8 +165,6 @@ def test_counts_of_targets_by_hand() -> None:
     counts = count_targets(4, lambda index: np.array(roles[index], np.uint8))
     assert counts.tolist() == [[0, 2, 1, 1, 1], [0, 0, 0, 0, 0], [1, 0, 0, 0, 2], [0, 0, 1, 0, 0]]
     assert counts.dtype == np.int64
-    assert response_targets(counts) == 5 + 2 + 1
-    assert response_targets(counts[0]) == 5
 
 
 # -- order -----------------------------------------------------------------------------------

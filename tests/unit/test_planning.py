@@ -171,7 +171,7 @@ def test_warm_up_has_to_fit(stores: Path) -> None:
         ({"data__train": ["train.jsonl", "train.jsonl"]}, "data.train"),
         ({"data__heldout": ["other.jsonl"]}, "data.heldout"),
         ({"data__traces__builder": "hard"}, "data.traces.builder"),
-        ({"data__traces__per_record": 2}, "data.traces.per_record"),
+        ({"data__traces": {"builder": "random", "per_record": 2}}, "data.traces.builder"),
         ({"data__traces__clean_share": 0.3}, "data.traces.clean_share"),
         ({"data__traces__max_deviations": 3}, "data.traces.max_deviations"),
         ({"data__traces__max_deviation_length": 5}, "data.traces.max_deviation_length"),

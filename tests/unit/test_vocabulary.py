@@ -173,7 +173,7 @@ def test_training_reaches_the_new_row():
         (dict(undo_id=5, num_known_rows=62), VocabularyError, "61 embedding rows, .* 62 tokens"),
         (dict(undo_id=5, num_known_rows=0), VocabularyError, "61 embedding rows"),
         (dict(undo_id=-1, num_known_rows=61), VocabularyError, "undo id -1"),
-        (dict(undo_id=5, num_known_rows=61, init="random"), ConfigError, "undo_init: 'random'"),
+        (dict(undo_id=5, num_known_rows=61, init="random"), ConfigError, "undo row: 'random'"),
     ],
 )
 def test_impossible_requests_are_refused(arguments, error, message):
