@@ -60,7 +60,7 @@ def verdict(mutant: dict[str, object], tree: Path) -> str:
         return "caught (it hangs)"
     finally:
         file.write_text(original, encoding="utf-8")
-    if result.returncode == 1 and " failed" in result.stdout:
+    if result.returncode == 1 and "FAILED " in result.stdout:
         return "caught"
     if result.returncode == 0:
         return "SURVIVED"
