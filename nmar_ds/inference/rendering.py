@@ -1,7 +1,7 @@
 """Responses made readable: what was undone stays visible, from ids.
 
 On a terminal undone text is red and struck through; in plain output it stands as `[-text-]`,
-and a run of undos as `<UNDO>` or `<UNDO>x3`.
+and a run of undos as `<UNDO>` or `<UNDO>{3}`.
 """
 
 # R tokens of a raw response
@@ -94,7 +94,7 @@ def as_rich(parts: Iterator[Run], undo_token: str) -> Text:
 
 
 def as_plain(parts: Iterator[Run], undo_token: str) -> str:
-    """For files and pipes: `[-undone-]` and `<UNDO>x3`."""
+    """For files and pipes: `[-undone-]` and `<UNDO>{3}`."""
     pieces = []
     for part in parts:
         if part.kind == "undo":
@@ -105,4 +105,4 @@ def as_plain(parts: Iterator[Run], undo_token: str) -> str:
 
 
 def _undos(part: Run, undo_token: str) -> str:
-    return undo_token if part.num_tokens == 1 else f"{undo_token}x{part.num_tokens}"
+    return undo_token if part.num_tokens == 1 else f"{undo_token}{{{part.num_tokens}}}"

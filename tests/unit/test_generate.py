@@ -142,11 +142,11 @@ def test_plain_and_rich_show_what_was_undone() -> None:
         Run("kept", True, "sun", 1), Run("undone", True, " lamp", 3), Run("undo", False, "", 3),
         Run("kept", False, " mat", 1), Run("undo", False, "", 1),
     ]  # fmt: skip
-    assert as_plain(iter(parts), "<UNDO>") == "sun[- lamp-]<UNDO>x3 mat<UNDO>"
+    assert as_plain(iter(parts), "<UNDO>") == "sun[- lamp-]<UNDO>{3} mat<UNDO>"
     line = as_rich(iter(parts), "<UNDO>")
-    assert line.plain == "sun lamp<UNDO>x3 mat<UNDO>"
+    assert line.plain == "sun lamp<UNDO>{3} mat<UNDO>"
     styles = {line.plain[span.start : span.end]: str(span.style) for span in line.spans}
-    assert styles[" lamp"] == "red strike underline" and styles["<UNDO>x3"] == "bold magenta"
+    assert styles[" lamp"] == "red strike underline" and styles["<UNDO>{3}"] == "bold magenta"
 
 
 def test_generate_equals_transformers_where_no_undo_is_emitted(
