@@ -10,10 +10,10 @@ from typing import Any
 from nmar_ds.config import RunConfig
 from nmar_ds.data.store import read_manifest
 from nmar_ds.errors import ConfigError, NoUndoTokenError, StoreError
+from nmar_ds.files import sha256_file
 from nmar_ds.traces.encoding import Tokenizer, add_undo, load_tokenizer, train_sentencepiece
 from nmar_ds.traces.prepare import prepare_store
 from nmar_ds.traces.records import read_records
-from nmar_ds.training.checkpoints import sha256_file
 from nmar_ds.training.planning import asked_settings, made_settings, store_folder
 
 

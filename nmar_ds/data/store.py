@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nmar_ds.errors import NmarError, StoreError
+from nmar_ds.files import sha256_file, sync
 from nmar_ds.traces.encoding import Tokenizer, load_tokenizer
 from nmar_ds.traces.schema import NUM_ROLES, IdArray, Role, RoleArray, Trace
 
@@ -110,7 +110,7 @@ def write_store(
         text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=True) + "\n"
         (partial / MANIFEST).write_text(text, encoding="ascii")
         for file in partial.rglob("*"):
-            _sync(file)
+            sync(file)
         _put_in_place(partial, folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -408,8 +408,7 @@ def shard_file(number: int, array: str) -> str:
 
 def _described(file: Path) -> dict[str, Any]:
     try:
-        with file.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        digest = sha256_file(file)
     except OSError as error:
         raise StoreError(f"{file}: {error.strerror}, expected a readable file") from error
     return {"size": file.stat().st_size, "sha256": digest}
@@ -428,13 +427,5 @@ def _put_in_place(partial: Path, folder: Path) -> None:
         shutil.rmtree(previous, ignore_errors=True)
         folder.rename(previous)
     partial.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(previous, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from nmar_ds.errors import ConfigError, VocabularyError
+from nmar_ds.files import EXPORT_SETTINGS
 from nmar_ds.traces.encoding import Tokenizer, load_tokenizer
 
 FORMAT_VERSION = 1
-SETTINGS_NAME = "nmar.json"
 TOKENIZER_FOLDER = "nmar_tokenizer"
 
 
@@ -71,7 +71,7 @@ def read_settings(folder: Path) -> ExportSettings:
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder}: --model: no such folder, expected one made by export.py")
-    path = folder / SETTINGS_NAME
+    path = folder / EXPORT_SETTINGS
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -103,11 +103,11 @@ def load_exported_tokenizer(folder: Path, settings: ExportSettings) -> Tokenizer
     if tokenizer.fingerprint != settings.tokenizer_fingerprint:
         raise VocabularyError(
             f"{folder / TOKENIZER_FOLDER}: fingerprint {tokenizer.fingerprint[:12]}, expected "
-            f"{settings.tokenizer_fingerprint[:12]} as in {SETTINGS_NAME}"
+            f"{settings.tokenizer_fingerprint[:12]} as in {EXPORT_SETTINGS}"
         )
     if tokenizer.undo_id != settings.undo_id:
         raise VocabularyError(
-            f"{folder / SETTINGS_NAME}: undo_id: {settings.undo_id}, expected "
+            f"{folder / EXPORT_SETTINGS}: undo_id: {settings.undo_id}, expected "
             f"{tokenizer.undo_id} as in the tokenizer"
         )
     return tokenizer

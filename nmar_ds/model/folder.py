@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nmar_ds.errors import ConfigError, VocabularyError
-
-EXPORT_FACTS = "nmar.json"
+from nmar_ds.files import EXPORT_SETTINGS
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -95,12 +94,12 @@ def check_model_folder(
                 f"{folder}: has rows for {shape[0]} ids, but the data's tokenizer has "
                 f"{tokenizer_size}, expected the model's own tokenizer"
             )
-    if (folder / EXPORT_FACTS).is_file():
-        facts = _read_object(folder / EXPORT_FACTS)
+    if (folder / EXPORT_SETTINGS).is_file():
+        facts = _read_object(folder / EXPORT_SETTINGS)
         if facts.get("tokenizer_fingerprint") != tokenizer_fingerprint:
             raise VocabularyError(
-                f"{folder / EXPORT_FACTS}: the model was trained with another tokenizer than the "
-                "data's, expected the same"
+                f"{folder / EXPORT_SETTINGS}: the model was trained with another tokenizer than "
+                "the data's, expected the same"
             )
         return True
     own = _own_vocabulary_size(folder)

@@ -6,7 +6,6 @@ byte-identical store. Memory: one trace at a time, plus for `hard` the pool of r
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Literal
 
 from nmar_ds.data.store import write_store
 from nmar_ds.errors import ConfigError, TraceError
+from nmar_ds.files import sha256_file
 from nmar_ds.traces import builders
 from nmar_ds.traces.assembly import assemble, check, require_token_semantics, said_by
 from nmar_ds.traces.encoding import UNDO_TOKEN, Tokenizer
@@ -269,8 +269,7 @@ def _require_settings(**settings: Any) -> None:
 
 def _sha256(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_file(path)
     except OSError as error:
         problem = error.strerror or str(error)
         raise TraceError(path, None, "file", problem, "a readable file") from error

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nmar_ds.errors import CheckpointError
+from nmar_ds.files import sha256_file, sync
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -73,20 +74,6 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def sha256_file(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file's content so that a reader sees the old or the new text, never a part."""
     aside = path.with_name(path.name + ".tmp")
@@ -95,7 +82,7 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def reached(point: str) -> None:
@@ -177,7 +164,7 @@ def _own_files(partial: Path, rank: int) -> dict[str, dict[str, Any]]:
     for path in sorted(partial.iterdir()):
         owner = re.search(r"zero_pp_rank_(\d+)_", path.name)
         if (int(owner.group(1)) if owner else 0) == rank:
-            _sync(path)
+            sync(path)
             table[path.name] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
     reached("after_hash")
     return table
@@ -201,7 +188,7 @@ def _commit(
             # Only a damaged one can stand here: a valid one would have been resumed from.
             final.rename(_free_name(final.with_name(final.name + ".invalid")))
         partial.rename(final)
-        _sync(final.parent)
+        sync(final.parent)
         reached("after_rename")
         write_atomically(final.parent / LATEST, final.name + "\n")
         reached("after_latest")

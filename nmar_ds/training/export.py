@@ -14,7 +14,8 @@ from typing import Any
 
 from nmar_ds.config import load_config
 from nmar_ds.errors import CheckpointError, ConfigError, VocabularyError
-from nmar_ds.inference.exported import FORMAT_VERSION, SETTINGS_NAME, TOKENIZER_FOLDER
+from nmar_ds.files import EXPORT_SETTINGS
+from nmar_ds.inference.exported import FORMAT_VERSION, TOKENIZER_FOLDER
 from nmar_ds.traces.encoding import Tokenizer, assert_parity, load_tokenizer
 from nmar_ds.traces.records import read_records
 from nmar_ds.training.checkpoints import Found, find_newest, folder_name, verify
@@ -48,7 +49,7 @@ def export_checkpoint(
     if output.exists():
         if not overwrite:
             raise ConfigError(f"{output}: exists, expected a new folder, or --overwrite")
-        if any(output.iterdir()) and not (output / SETTINGS_NAME).is_file():
+        if any(output.iterdir()) and not (output / EXPORT_SETTINGS).is_file():
             raise ConfigError(f"{output}: is no earlier export, so it is not overwritten")
     facts = found.manifest
     tokenizer = load_tokenizer(run / "tokenizer", undo_token=facts["undo_token"])
@@ -158,4 +159,4 @@ def _write_tokenizer(
         "tokenizer_fingerprint": tokenizer.fingerprint,
     }
     text = json.dumps(settings, indent=1) + "\n"
-    (folder / SETTINGS_NAME).write_text(text, encoding="utf-8")
+    (folder / EXPORT_SETTINGS).write_text(text, encoding="utf-8")

@@ -385,7 +385,7 @@ def test_a_full_disk_on_one_rank_is_everyones_error_and_costs_nothing(
 
 
 @pytest.mark.parametrize("broken", [0, 1])
-@pytest.mark.parametrize("function", ["_sync", "sha256_file"])
+@pytest.mark.parametrize("function", ["sync", "sha256_file"])
 def test_an_error_while_hashing_is_everyones_error(
     broken: int, function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

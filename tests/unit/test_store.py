@@ -260,7 +260,7 @@ def test_a_crash_at_any_step_leaves_old_new_or_nothing(
         return step
 
     monkeypatch.setattr(Path, "rename", counted(Path.rename))
-    monkeypatch.setattr(store_module, "_sync", counted(store_module._sync))
+    monkeypatch.setattr(store_module, "sync", counted(store_module.sync))
     monkeypatch.setattr(shutil, "rmtree", counted(shutil.rmtree))
     finished = False
     try:
