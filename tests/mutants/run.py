@@ -2,7 +2,7 @@
 
     python tests/mutants/run.py [--only TEXT] [--list]
 
-Each entry of mutants.toml replaces one place of one file in a copy of the tree and runs the tests
+Each entry of the .toml files here replaces one place of one file in a copy of the tree and runs the tests
 it names. A mutant survives when they all pass: then the proof it stands for proves nothing. A
 place that is no longer found exactly once is an error too, so the list cannot rot unseen.
 """
@@ -22,6 +22,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("nmar_ds", "launcher", "configs", "examples", "tests", "docs", "benchmarks", "slurm")
 COPIED_FILES = ("pyproject.toml", "README.md", "Makefile", "CHANGELOG.md", "constraints.txt")
+
+
+def load_mutants() -> list[dict[str, object]]:
+    """All entries, in order of their files' names."""
+    files = sorted(Path(__file__).parent.glob("*.toml"))
+    return [entry for file in files for entry in tomllib.loads(file.read_text("utf-8"))["mutant"]]
 
 
 def copy_tree(target: Path) -> None:
@@ -73,8 +79,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="run mutants whose name contains this")
     parser.add_argument("--list", action="store_true", help="list the mutants and stop")
     arguments = parser.parse_args()
-    with Path(__file__).with_name("mutants.toml").open("rb") as file:
-        mutants = [m for m in tomllib.load(file)["mutant"] if arguments.only in m["name"]]
+    mutants = [m for m in load_mutants() if arguments.only in m["name"]]
     if arguments.list:
         for mutant in mutants:
             print(f"{mutant['name']:32} {mutant['why']}")

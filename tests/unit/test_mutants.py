@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-MUTANTS = tomllib.loads((ROOT / "tests/mutants/mutants.toml").read_text("utf-8"))["mutant"]
+MUTANTS = [
+    mutant
+    for file in sorted((ROOT / "tests/mutants").glob("*.toml"))
+    for mutant in tomllib.loads(file.read_text("utf-8"))["mutant"]
+]
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant["name"])
