@@ -69,7 +69,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> int:
     """Check everything cheap first, then load the model, examine it and report."""
     from nmar_ds.inference.bars import missed, parse_bar
-    from nmar_ds.inference.exported import load_exported_tokenizer, load_model, read_settings
+    from nmar_ds.inference.exported import (
+        chat_of,
+        load_exported_tokenizer,
+        load_model,
+        read_settings,
+    )
     from nmar_ds.inference.probes import count_overlap, load_problems, select
 
     bars = [parse_bar(text) for text in options.require]
@@ -77,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
     if options.output is not None and not options.output.absolute().parent.is_dir():
         raise ConfigError(f"--output: no folder {options.output.parent}, expected an existing one")
     tokenizer = load_exported_tokenizer(options.model, settings)
-    families = load_problems(options.heldout, tokenizer)
+    families = load_problems(options.heldout, tokenizer, chat_of(settings, tokenizer))
     wanted = {"num_problems": options.num_problems, "seed": options.seed}
     chosen = select(families, **wanted, allow_fewer=options.allow_fewer)
     overlap = count_overlap(chosen, options.train) if options.train else {}

@@ -45,11 +45,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Check the folder and the prompt, then load the model, decode and print."""
-    from nmar_ds.inference.exported import load_exported_tokenizer, load_model, read_settings
+    from nmar_ds.inference.exported import (
+        chat_of,
+        load_exported_tokenizer,
+        load_model,
+        read_settings,
+    )
 
     settings = read_settings(options.model)
     tokenizer = load_exported_tokenizer(options.model, settings)
-    text = read_prompt(options)
+    text, chat = read_prompt(options), chat_of(settings, tokenizer)
 
     from nmar_ds.inference.generation import generate, show
 
@@ -58,6 +63,7 @@ def run(options: argparse.Namespace) -> None:
         tokenizer,
         settings,
         text,
+        chat=chat,
         max_new_tokens=options.max_new_tokens,
         undo_mode=options.undo,
         undo_bias=options.undo_bias,

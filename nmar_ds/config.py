@@ -61,6 +61,8 @@ class UndoSection(Section):
 
     token: str = "<UNDO>"
     """Its text form; a text can never produce the token itself."""
+    reserved_token: str | None = None
+    """A special token nothing uses, whose id and row it takes; null adds a new id."""
     semantics: Literal["token", "span", "reset"] = "token"
     """What one of it undoes; only `token`, one token each, is built end to end."""
 
@@ -93,6 +95,13 @@ class TraceSection(Section):
         return self
 
 
+class ChatSection(Section):
+    """Prompts as a chat model expects them; `chat: {}` takes the template as it is."""
+
+    system: str | None = None
+    """System message; null leaves it to the template, which may write a default of its own."""
+
+
 class DataSection(Section):
     """Where the records are, and how they are packed."""
 
@@ -106,6 +115,8 @@ class DataSection(Section):
     """Tokens per packed row."""
     overlong: Literal["error", "drop"] = "error"
     """A trace longer than a row stops the preparation, or is dropped and counted."""
+    chat: ChatSection | None = None
+    """Where given, the tokenizer's chat template is put around the prompts of text records."""
     traces: TraceSection = TraceSection()
     """How records become traces."""
 

@@ -11,6 +11,7 @@ from nmar_ds.config import RunConfig
 from nmar_ds.data.store import read_manifest
 from nmar_ds.errors import ConfigError, NoUndoTokenError, StoreError
 from nmar_ds.files import sha256_file
+from nmar_ds.traces.chat import ChatTemplate
 from nmar_ds.traces.encoding import Tokenizer, add_undo, load_tokenizer, train_sentencepiece
 from nmar_ds.traces.prepare import prepare_store
 from nmar_ds.traces.records import read_records
@@ -87,17 +88,22 @@ def ready_tokenizer(config: RunConfig) -> tuple[Tokenizer, str]:
         return load_tokenizer(path, undo_token=config.undo.token), "as it was"
     except NoUndoTokenError:
         extended = Path(config.data.store) / "tokenizer"
-        tokenizer = add_undo(path, extended, undo_token=config.undo.token)
-        return tokenizer, f"{config.undo.token} added as id {tokenizer.undo_id}"
+        reserved = config.undo.reserved_token
+        tokenizer = add_undo(path, extended, undo_token=config.undo.token, reserved=reserved)
+        how = "added as" if reserved is None else f"takes the place of {reserved},"
+        return tokenizer, f"{config.undo.token} {how} id {tokenizer.undo_id}"
 
 
-def _up_to_date(folder: Path, settings: dict[str, object], fingerprint: str) -> bool:
+def _up_to_date(
+    folder: Path, settings: dict[str, object], fingerprint: str, chat: ChatTemplate | None
+) -> bool:
     """Whether a store holds what would be prepared now, sources' content included."""
     try:
         manifest = read_manifest(folder)
         made = made_settings(manifest)
         same = all(made[name] == value for name, value in settings.items())
         same = same and manifest["tokenizer"]["fingerprint"] == fingerprint
+        same = same and manifest["builder"]["chat"] == (None if chat is None else chat.facts)
         return same and all(
             sha256_file(Path(source["path"])) == source["sha256"] for source in manifest["sources"]
         )
@@ -118,9 +124,11 @@ def prepare_run(config: RunConfig) -> Iterator[str]:
                 raise StoreError(f"data.{part}: {source}: no such file")
     tokenizer, origin = ready_tokenizer(config)
     yield f"tokenizer {config.tokenizer.path}: {tokenizer.size} ids, {origin}"
+    asked = config.data.chat
+    chat = None if asked is None else ChatTemplate(tokenizer, system=asked.system)
     for part in ("train", "heldout"):
         folder = store_folder(config, part)
-        if _up_to_date(folder, asked_settings(config, part), tokenizer.fingerprint):
+        if _up_to_date(folder, asked_settings(config, part), tokenizer.fingerprint, chat):
             yield f"{part:9} {folder}: up to date"
             continue
         section = config.data.traces
@@ -139,6 +147,7 @@ def prepare_run(config: RunConfig) -> Iterator[str]:
             semantics=config.undo.semantics,
             context=config.context,
             undo_token=config.undo.token,
+            chat=chat,
         )
         yield f"{part:9} {folder}: {_counts(manifest)}"
 

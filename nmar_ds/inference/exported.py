@@ -15,6 +15,7 @@ from typing import Any
 
 from nmar_ds.errors import ConfigError, VocabularyError
 from nmar_ds.files import EXPORT_SETTINGS
+from nmar_ds.traces.chat import ChatTemplate
 from nmar_ds.traces.encoding import Tokenizer, load_tokenizer
 
 FORMAT_VERSION = 1
@@ -31,6 +32,7 @@ class ExportSettings:
         context: what the model was trained to see; the decoder knows `linear`.
         eos_id: stop token. bos_id, pad_id: None where the model has none.
         tokenizer_fingerprint: of the tokenizer the model was trained with.
+        chat: the chat template put around prompts in training (`ChatTemplate.facts`), or None.
     """
 
     undo_id: int
@@ -41,6 +43,7 @@ class ExportSettings:
     bos_id: int | None
     pad_id: int | None
     tokenizer_fingerprint: str
+    chat: dict[str, Any] | None = None
 
 
 def _is_id(value: Any) -> bool:
@@ -61,6 +64,15 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "pad_id": (lambda value: value is None or _is_id(value), "a token id or null"),
     "tokenizer_fingerprint": (_is_text, "a string"),
 }
+
+
+def _is_chat(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, dict)
+        and value.keys() == {"system", "template_sha256"}
+        and _is_text(value["template_sha256"])
+        and (value["system"] is None or isinstance(value["system"], str))
+    )
 
 
 def read_settings(folder: Path) -> ExportSettings:
@@ -90,7 +102,10 @@ def read_settings(folder: Path) -> ExportSettings:
             raise ConfigError(f"{path}: {name}: missing, expected {expected}")
         if not fits(values[name]):
             raise ConfigError(f"{path}: {name}: {values[name]!r}, expected {expected}")
-    return ExportSettings(**{name: values[name] for name in _FIELDS})
+    chat = values.get("chat")  # absent where no template was used
+    if not _is_chat(chat):
+        raise ConfigError(f"{path}: chat: {chat!r}, expected system and template_sha256, or null")
+    return ExportSettings(**{name: values[name] for name in _FIELDS}, chat=chat)
 
 
 def load_exported_tokenizer(folder: Path, settings: ExportSettings) -> Tokenizer:
@@ -111,6 +126,23 @@ def load_exported_tokenizer(folder: Path, settings: ExportSettings) -> Tokenizer
             f"{tokenizer.undo_id} as in the tokenizer"
         )
     return tokenizer
+
+
+def chat_of(settings: ExportSettings, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The chat template that prompts had around them in training, None where they had none.
+
+    Raises:
+        VocabularyError: the template beside the tokenizer is another one.
+    """
+    if settings.chat is None:
+        return None
+    template = ChatTemplate(tokenizer, system=settings.chat["system"])
+    if template.facts != settings.chat:
+        raise VocabularyError(
+            f"{tokenizer.path.parent}: its chat template is not the one the model was trained "
+            f"with ({EXPORT_SETTINGS}), expected the exported folder as it was written"
+        )
+    return template
 
 
 def load_model(folder: Path) -> Any:

@@ -13,6 +13,7 @@ from nmar_ds.errors import ConfigError, VocabularyError
 from nmar_ds.inference.decoding import Decoded, UndoMode, decode
 from nmar_ds.inference.exported import ExportSettings
 from nmar_ds.inference.rendering import Run, as_plain, as_rich, response_text, runs
+from nmar_ds.traces.chat import ChatTemplate, TemplateError
 from nmar_ds.traces.encoding import Tokenizer
 from nmar_ds.traces.schema import IdArray
 
@@ -34,13 +35,25 @@ class Generated:
     undo_token: str
 
 
-def encode_prompt(prompt: str, tokenizer: Tokenizer) -> IdArray:
+def encode_prompt(prompt: str, tokenizer: Tokenizer, chat: ChatTemplate | None = None) -> IdArray:
     """Encode a prompt as training does: whole, special-token parsing off, BOS where one is set.
+
+    Args:
+        prompt: the text; with `chat` it is the user's message.
+        tokenizer: of the model.
+        chat: the chat template the model was trained with, if any.
 
     Raises:
         ConfigError: nothing to start from.
         VocabularyError: the tokenizer cannot give the text back.
     """
+    if chat is not None:
+        if not prompt:
+            raise ConfigError("prompt: empty, expected a message for the chat template")
+        try:
+            return chat.prompts([(prompt, "")])[0]
+        except TemplateError as error:
+            raise ConfigError(f"prompt: the chat template {error}") from None
     ids = tokenizer.encode(prompt, continuation=False)
     spelled = tokenizer.decode(ids)
     if spelled != prompt:
@@ -58,6 +71,7 @@ def generate(
     settings: ExportSettings,
     prompt: str,
     *,
+    chat: ChatTemplate | None = None,
     max_new_tokens: int,
     undo_mode: UndoMode = "allow",
     undo_bias: float = 0.0,
@@ -65,11 +79,11 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> Generated:
-    """Answer one prompt; the arguments are those of `decoding.decode`.
+    """Answer one prompt; the arguments are those of `encode_prompt` and `decoding.decode`.
 
     The prompt is encoded as in training: whole, with special-token parsing off.
     """
-    prompt_ids = encode_prompt(prompt, tokenizer)
+    prompt_ids = encode_prompt(prompt, tokenizer, chat)
     decoded = decode(
         model,
         [prompt_ids],

@@ -17,6 +17,7 @@ import numpy as np
 from nmar_ds.errors import ConfigError, TraceError
 from nmar_ds.traces.assembly import Turn
 from nmar_ds.traces.builders import Pool, encode_record, hard
+from nmar_ds.traces.chat import ChatTemplate
 from nmar_ds.traces.encoding import Tokenizer
 from nmar_ds.traces.records import Record, read_records
 from nmar_ds.traces.schema import IdArray
@@ -57,8 +58,15 @@ class Probe:
         return np.concatenate([prefix, self.deviation_ids]).astype(np.int32)
 
 
-def load_problems(paths: Sequence[str | Path], tokenizer: Tokenizer) -> dict[str, list[Problem]]:
+def load_problems(
+    paths: Sequence[str | Path], tokenizer: Tokenizer, chat: ChatTemplate | None = None
+) -> dict[str, list[Problem]]:
     """Read held-out records by family: the record's `group`, or else the file's name.
+
+    Args:
+        paths: JSON-lines files.
+        tokenizer: of the model.
+        chat: the chat template the model was trained with, if any.
 
     Deviations that a record carries are not used here: probes get their own.
 
@@ -73,12 +81,12 @@ def load_problems(paths: Sequence[str | Path], tokenizer: Tokenizer) -> dict[str
                     path, record.line, "record", "not a single text turn", "`prompt`, `reference`"
                 )
             name = record.group or Path(path).name.split(".")[0]
-            groups.setdefault(name, []).append(_problem(record, tokenizer))
+            groups.setdefault(name, []).append(_problem(record, tokenizer, chat))
     return groups
 
 
-def _problem(record: Record, tokenizer: Tokenizer) -> Problem:
-    (turn,), (text,) = encode_record(record, tokenizer).turns, record.turns
+def _problem(record: Record, tokenizer: Tokenizer, chat: ChatTemplate | None) -> Problem:
+    (turn,), (text,) = encode_record(record, tokenizer, chat).turns, record.turns
     return Problem(
         prompt=text.prompt,
         prompt_ids=turn.prompt_ids,

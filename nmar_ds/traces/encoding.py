@@ -235,17 +235,25 @@ def load_tokenizer(path: str | Path, *, undo_token: str = UNDO_TOKEN) -> Tokeniz
 
 
 def add_undo(
-    path: str | Path, destination: str | Path, *, undo_token: str = UNDO_TOKEN
+    path: str | Path,
+    destination: str | Path,
+    *,
+    undo_token: str = UNDO_TOKEN,
+    reserved: str | None = None,
 ) -> Tokenizer:
-    """Add the undo token at the next free id; no other id changes.
+    """Add the undo token at the next free id, or in a reserved token's place.
+
+    No other id changes.
 
     Args:
         path: as for `load_tokenizer`, without the undo token.
         destination: folder to write to, or a `.model` file for SentencePiece.
         undo_token: text form of the undo token.
+        reserved: a special token that nothing uses; the undo token takes its id.
 
     Raises:
-        VocabularyError: the text is in the vocabulary already, or nothing usable is at `path`.
+        VocabularyError: the text is in the vocabulary already, the reserved token is none, or
+            nothing usable is at `path`.
     """
     file = find_tokenizer(path)
     if file.suffix == ".model":
@@ -255,7 +263,7 @@ def add_undo(
     else:
         from nmar_ds.traces.json_vocabulary import add_special_token
 
-        written = add_special_token(file, Path(destination), undo_token)
+        written = add_special_token(file, Path(destination), undo_token, reserved)
     return load_tokenizer(written, undo_token=undo_token)
 
 

@@ -22,6 +22,7 @@ from nmar_ds.traces.encoding import (
 WORD_MARK = "\u2581"
 CHAT_TEMPLATE = "chat_template.jinja"
 SIDE_FILES = (TOKENIZER_CONFIG, "special_tokens_map.json", CHAT_TEMPLATE)
+NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 class JsonVocabulary(Tokenizer):
@@ -130,6 +131,37 @@ class JsonVocabulary(Tokenizer):
             return bool(text) and text[0] not in (" ", WORD_MARK)
         return bool(text) and self._prefix_kind == "always"
 
+    def chat_template(self) -> str | None:
+        """Source of the chat template beside the tokenizer, None where there is none."""
+        file = self.path.parent / CHAT_TEMPLATE
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+        template = _settings(self.path.parent).get("chat_template")
+        if isinstance(template, list):  # named templates; transformers takes "default"
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        return None if template is None else str(template)
+
+    def named_specials(self) -> dict[str, str]:
+        """Texts of the special tokens by the names a chat template knows them by."""
+        settings = _settings(self.path.parent)
+        texts = {name: settings.get(name) for name in NAMED_TOKENS}
+        return {
+            name: str(text["content"] if isinstance(text, dict) else text)
+            for name, text in texts.items()
+            if text is not None
+        }
+
+    def special_texts(self) -> dict[str, int]:
+        """Added tokens by their text: what a template's literal parts are parsed for."""
+        return {str(token["content"]): int(token["id"]) for token in self._spec["added_tokens"]}
+
+    def continues_after_special(self) -> bool:
+        """Whether text after a special token goes without the space put before a whole text."""
+        mixed = tokenizers.Tokenizer.from_str(self._start.to_str())
+        mixed.encode_special_tokens = False
+        ids = mixed.encode(self.piece(self.eos_id) + "a", add_special_tokens=False).ids[1:]
+        return bool(ids == list(self._raw_encode("a", True)))
+
     def save(self, folder: str | Path) -> Path:
         """Copy tokenizer.json and the files that name its special tokens."""
         folder = Path(folder)
@@ -170,18 +202,24 @@ def read_spec(file: Path) -> dict[str, Any]:
     return spec
 
 
-def add_special_token(file: Path, destination: Path, undo_token: str) -> Path:
-    """Write a copy of a tokenizer folder with the undo token added."""
+def add_special_token(
+    file: Path, destination: Path, undo_token: str, reserved: str | None = None
+) -> Path:
+    """Write a copy of a tokenizer folder with the undo token added, or a reserved one renamed."""
     spec = read_spec(file)
     tokenizer = _open(spec, file)
     before = tokenizer.get_vocab(with_added_tokens=True)
     if undo_token in before:
         raise VocabularyError(f"{file}: has {undo_token!r} already, expected none to add it")
-    tokenizer.add_special_tokens(
-        [tokenizers.AddedToken(undo_token, special=True, normalized=False)]
-    )
-    after = tokenizer.get_vocab(with_added_tokens=True)
-    if {**before, undo_token: max(before.values()) + 1} != after:
+    if reserved is None:
+        tokenizer.add_special_tokens(
+            [tokenizers.AddedToken(undo_token, special=True, normalized=False)]
+        )
+        expected = {**before, undo_token: max(before.values()) + 1}
+    else:
+        tokenizer = _open(_renamed(spec, file, reserved, undo_token), file)
+        expected = {undo_token if piece == reserved else piece: n for piece, n in before.items()}
+    if tokenizer.get_vocab(with_added_tokens=True) != expected:
         raise VocabularyError(f"{file}: adding {undo_token!r} would change other ids")
     destination.mkdir(parents=True, exist_ok=True)
     (destination / TOKENIZER_JSON).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
@@ -189,8 +227,56 @@ def add_special_token(file: Path, destination: Path, undo_token: str) -> Path:
         if (file.parent / name).is_file() and destination.resolve() != file.parent.resolve():
             shutil.copyfile(file.parent / name, destination / name)
     settings = _settings(destination)
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")
+    if isinstance(extra, list):  # a renamed token's old text must not be added again
+        settings["extra_special_tokens"] = [token for token in extra if token != reserved]
+        settings.pop("additional_special_tokens", None)
     write_settings(destination, settings, undo_token)
     return destination / TOKENIZER_JSON
+
+
+def _renamed(spec: dict[str, Any], file: Path, reserved: str, undo_token: str) -> dict[str, Any]:
+    """A specification in which a reserved special token has the undo token's text."""
+    usable = [
+        str(token["content"])
+        for token in spec["added_tokens"]
+        if token["special"] and not _is_used(str(token["content"]), file.parent)
+    ]
+    if reserved not in usable:
+        known = ", ".join(repr(text) for text in usable[:5]) or "none"
+        raise VocabularyError(
+            f"{file}: undo.reserved_token: {reserved!r} is no special token to spare, expected one "
+            f"of: {known}; or leave it out for a new id"
+        )
+    if reserved in json.dumps(spec.get("post_processor"), ensure_ascii=False):
+        raise VocabularyError(
+            f"{file}: undo.reserved_token: {reserved!r} is put into every text by the tokenizer's "
+            "post_processor, expected a token that is not in use"
+        )
+    renamed = copy.deepcopy(spec)
+    for token in renamed["added_tokens"]:
+        if token["content"] == reserved:
+            token["content"], token["normalized"] = undo_token, False
+            token["lstrip"] = token["rstrip"] = token["single_word"] = False
+    vocabulary = renamed["model"].get("vocab")
+    if isinstance(vocabulary, dict) and reserved in vocabulary:
+        vocabulary[undo_token] = vocabulary.pop(reserved)
+    elif isinstance(vocabulary, list):
+        for entry in vocabulary:
+            if entry[0] == reserved:
+                entry[0] = undo_token
+    return renamed
+
+
+def _is_used(text: str, folder: Path) -> bool:
+    """Whether a special token has a name, or stands in the chat template."""
+    settings = _settings(folder)
+    named = [settings.get(name) for name in NAMED_TOKENS]
+    file = folder / CHAT_TEMPLATE
+    template = file.read_text(encoding="utf-8") if file.is_file() else ""
+    template += json.dumps(settings.get("chat_template", ""), ensure_ascii=False)
+    texts = [token.get("content") if isinstance(token, dict) else token for token in named]
+    return text in texts or text in template
 
 
 def write_settings(folder: Path, settings: dict[str, Any], undo_token: str) -> None:
@@ -202,7 +288,7 @@ def write_settings(folder: Path, settings: dict[str, Any], undo_token: str) -> N
     elif undo_token not in [t.get("content") if isinstance(t, dict) else t for t in extra]:
         extra = [*extra, undo_token]
     settings[name] = extra
-    for token in ("bos_token", "eos_token", "pad_token", "unk_token"):
+    for token in NAMED_TOKENS:
         if isinstance(settings.get(token), dict):  # as in special_tokens_map.json
             settings[token] = settings[token]["content"]
     # Clean-up would rewrite " ." to "." in decoded text.

@@ -16,6 +16,7 @@ from nmar_ds.errors import ConfigError, TraceError
 from nmar_ds.files import sha256_file
 from nmar_ds.traces import builders
 from nmar_ds.traces.assembly import assemble, check, require_token_semantics, said_by
+from nmar_ds.traces.chat import ChatTemplate
 from nmar_ds.traces.encoding import UNDO_TOKEN, Tokenizer
 from nmar_ds.traces.records import Record, read_records
 from nmar_ds.traces.schema import Trace
@@ -42,6 +43,7 @@ class _Job:
     seed: int
     progress: Callable[[int], None] | None
     pool: builders.Pool
+    chat: ChatTemplate | None
     counts: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(
             ("read", "refused", "built", "dropped", "snaps", "without_donor"), 0
@@ -68,6 +70,7 @@ def prepare_store(
     semantics: str = "token",
     context: str = "linear",
     undo_token: str = UNDO_TOKEN,
+    chat: ChatTemplate | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Prepare a trace store.
@@ -89,6 +92,7 @@ def prepare_store(
         semantics: what one undo pops; "token".
         context: what a token may see; "linear".
         undo_token: has to be the tokenizer's.
+        chat: put around the prompts of text records; records of ids are taken as they are.
         progress: called with the number of records read, every thousand and at the end.
 
     Returns:
@@ -115,7 +119,7 @@ def prepare_store(
         clean_share=clean_share, max_deviations=max_deviations,
         max_deviation_length=max_deviation_length, max_length=max_length, overlong=overlong,
         refused=refused, semantics=semantics, seed=seed, progress=progress,
-        pool=builders.Pool(tokenizer),
+        pool=builders.Pool(tokenizer), chat=chat,
     )  # fmt: skip
     if builder == "hard":
         _fill_pool(paths, job)
@@ -123,6 +127,7 @@ def prepare_store(
         "name": builder, "traces_per_record": traces_per_record, "clean_share": clean_share,
         "max_deviations": max_deviations, "max_deviation_length": max_deviation_length,
         "max_length": max_length, "overlong": overlong,
+        "chat": None if chat is None else chat.facts,
     }  # fmt: skip
     manifest = write_store(
         destination, _traces(paths, job), tokenizer=tokenizer, semantics=semantics,
@@ -174,7 +179,7 @@ def _build(record: Record, source: int, job: _Job) -> Iterator[Trace]:
         check(trace, tokenizer=tokenizer, path=record.path, semantics=job.semantics)
         yield trace
         return
-    encoded = encode_record(record, tokenizer)
+    encoded = encode_record(record, tokenizer, job.chat)
     said = said_by(encoded.turns)
     job.counts["snaps"] += encoded.num_snaps
     for copy in range(job.traces_per_record):
@@ -217,7 +222,7 @@ def _fill_pool(paths: Sequence[Path], job: _Job) -> None:
             if record.segments:
                 continue
             try:
-                encoded = encode_record(record, job.tokenizer)
+                encoded = encode_record(record, job.tokenizer, job.chat)
             except TraceError:
                 continue
             for turn in encoded.turns:

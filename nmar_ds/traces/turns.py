@@ -8,8 +8,9 @@ import numpy as np
 
 from nmar_ds.errors import TraceError, VocabularyError
 from nmar_ds.traces.assembly import Deviation, Turn
+from nmar_ds.traces.chat import ChatTemplate, TemplateError
 from nmar_ds.traces.encoding import Tokenizer, common_length
-from nmar_ds.traces.records import Record, TextTurn
+from nmar_ds.traces.records import Record
 from nmar_ds.traces.schema import IdArray, Role, Trace
 
 
@@ -25,11 +26,19 @@ class Encoded(NamedTuple):
     num_snaps: int
 
 
-def encode_record(record: Record, tokenizer: Tokenizer) -> Encoded:
+def encode_record(
+    record: Record, tokenizer: Tokenizer, chat: ChatTemplate | None = None
+) -> Encoded:
     """Encode a text record (forms 1 and 2).
 
     BOS, where the tokenizer sets one, opens the first prompt; every reference ends with the stop
     token.
+
+    Args:
+        record: as read.
+        tokenizer: has the undo token.
+        chat: put around the prompts, which are then a user's messages; BOS is the template's
+            affair then.
 
     Raises:
         TraceError: a text that the tokenizer cannot give back exactly, or a deviation in which
@@ -38,9 +47,11 @@ def encode_record(record: Record, tokenizer: Tokenizer) -> Encoded:
     assert record.turns, "records of ids go through trace_of_ids"
     turns: list[Turn] = []
     num_snaps = 0
+    prompts = _chat_prompts(record, chat) if chat is not None else None
     for number, turn in enumerate(record.turns):
         prefix = f"turn {number}: " if len(record.turns) > 1 else ""
-        encoder = _TurnEncoder(record, turn, tokenizer, number, prefix)
+        given = None if prompts is None else prompts[number]
+        encoder = _TurnEncoder(record, number, tokenizer, prefix, given)
         deviations = [encoder.deviation(place) for place in range(len(turn.deviations))]
         num_snaps += encoder.num_snaps
         turns.append(
@@ -53,18 +64,42 @@ def encode_record(record: Record, tokenizer: Tokenizer) -> Encoded:
     return Encoded(tuple(turns), num_snaps)
 
 
+def _chat_prompts(record: Record, chat: ChatTemplate) -> list[IdArray]:
+    if not record.turns[0].prompt:
+        raise TraceError(
+            record.path, record.line, "prompt", "empty, but a chat template is put around it",
+            "a user's message",
+        )  # fmt: skip
+    try:
+        return chat.prompts([(turn.prompt, turn.reference) for turn in record.turns])
+    except TemplateError as error:
+        problem, expected = f"the chat template {error}", "a conversation it leaves as it is"
+    except VocabularyError as error:
+        problem, expected = str(error), "a text the tokenizer gives back exactly"
+    raise TraceError(record.path, record.line, "prompt", problem, expected)
+
+
 class _TurnEncoder:
     """Encodes one turn; holds what its deviations share."""
 
     def __init__(
-        self, record: Record, turn: TextTurn, tokenizer: Tokenizer, number: int, prefix: str
+        self,
+        record: Record,
+        number: int,
+        tokenizer: Tokenizer,
+        prefix: str,
+        prompt_ids: IdArray | None,
     ) -> None:
-        self.record, self.turn, self.tokenizer, self.prefix = record, turn, tokenizer, prefix
+        self.record, self.tokenizer, self.prefix = record, tokenizer, prefix
+        self.turn = turn = record.turns[number]
         self.num_snaps = 0
         # Only the very start of a trace may get the tokenizer's prefix space.
         self.continues = number > 0 or bool(turn.prompt)
-        self.prompt_ids = self._encode(turn.prompt, number > 0, "prompt")
-        if number == 0 and tokenizer.add_bos:
+        if prompt_ids is not None:
+            self.prompt_ids = prompt_ids
+        else:
+            self.prompt_ids = self._encode(turn.prompt, number > 0, "prompt")
+        if prompt_ids is None and number == 0 and tokenizer.add_bos:
             assert tokenizer.bos_id is not None, "add_bos without bos_id"
             self.prompt_ids = np.concatenate(
                 [np.array([tokenizer.bos_id], dtype=np.int32), self.prompt_ids]

@@ -157,6 +157,7 @@ def _write_tokenizer(
         "bos_id": tokenizer.bos_id,
         "pad_id": tokenizer.pad_id,
         "tokenizer_fingerprint": tokenizer.fingerprint,
+        "chat": facts.get("chat"),
     }
     text = json.dumps(settings, indent=1) + "\n"
     (folder / EXPORT_SETTINGS).write_text(text, encoding="utf-8")

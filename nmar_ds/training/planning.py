@@ -114,6 +114,7 @@ def asked_settings(config: RunConfig, part: str) -> dict[str, Any]:
         "data.sequence_length": config.data.sequence_length,
         "data.overlong": config.data.overlong,
         f"data.{part}": [str(Path(source)) for source in getattr(config.data, part)],
+        "data.chat": None if config.data.chat is None else config.data.chat.model_dump(),
         **{f"data.traces.{name}": value for name, value in traces.model_dump().items()},
     }
 
@@ -131,6 +132,8 @@ def made_settings(manifest: dict[str, Any]) -> dict[str, Any]:
         "data.overlong": builder["overlong"],
         "data.train": sources,
         "data.heldout": sources,
+        # The template's own checksum goes with the data; what is asked for is the system message.
+        "data.chat": builder.get("chat") and {"system": builder["chat"]["system"]},
         "data.traces.builder": builder["name"],
         "data.traces.per_record": builder["traces_per_record"],
         "data.traces.clean_share": builder["clean_share"],

@@ -253,6 +253,7 @@ def _manifest_facts(config: RunConfig, plan: RunPlan, ranks: Ranks, model: Any) 
         "world_size": ranks.world_size,
         "tokenizer": plan.store.manifest["tokenizer"],
         "semantics": config.undo.semantics,
+        "chat": plan.store.manifest["builder"].get("chat"),
         "context": config.context,
         "undo_token": config.undo.token,
         "dtype": config.model.dtype,

@@ -23,13 +23,14 @@ FULL: dict[str, Any] = {
         "path": "tok.model",
         "train": {"vocab_size": 64, "model_type": "bpe", "phrases": ["x = "]},
     },
-    "undo": {"token": "<UNDO>", "semantics": "token"},
+    "undo": {"token": "<UNDO>", "reserved_token": "<spare>", "semantics": "token"},
     "data": {
         "train": ["a.jsonl", "b.jsonl"],
         "heldout": ["c.jsonl"],
         "store": "store",
         "sequence_length": 128,
         "overlong": "drop",
+        "chat": {"system": "Add."},
         "traces": {
             "builder": "hard",
             "per_record": 2,
