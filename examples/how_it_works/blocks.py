@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterable
 from typing import Any
 
@@ -50,11 +51,11 @@ def blocks(example: Example) -> dict[str, str]:
     }
 
 
-def _columns(rows: Iterable[Iterable[Any]], width: int = 7) -> list[str]:
+def _columns(rows: Iterable[Iterable[Any]], width: int = 6) -> list[str]:
     """Rows of cells under each other; the first cell is wider and names the row."""
     lines = []
     for name, *cells in rows:
-        lines.append(f"{name!s:<14}" + "".join(f"{cell!s:>{width}}" for cell in cells))
+        lines.append(f"{name!s:<12}" + "".join(f"{cell!s:>{width}}" for cell in cells))
     return [line.rstrip() for line in lines]
 
 
@@ -85,10 +86,10 @@ def _encoding(example: Example) -> list[str]:
         for (at, wrong), deviation in zip(text.deviations, turn.deviations, strict=True):
             lines += _columns([("deviation", *_pieces(example, deviation.ids)),
                                ("ids", *deviation.ids)])  # fmt: skip
-            lines.append(
-                f"{'':14}given as {wrong!r} at character {at}; stands before token "
-                f"{deviation.cut} of the reference, first wrong token {deviation.onset}"
-            )
+            lines += [
+                f"  given as {wrong!r} at character {at} of the reference,",
+                f"  stands before its token {deviation.cut}; onset: its token {deviation.onset}",
+            ]
         lines.append("")
     return lines[:-1]
 
@@ -133,7 +134,7 @@ def _store(example: Example) -> list[str]:
     ids, roles = np.asarray(store.ids(1)), np.asarray(store.roles(1))
     counts = store.role_counts
     return [
-        *example.prepared[1:2],
+        *textwrap.wrap(re.sub(" +", " ", example.prepared[1]), 76, subsequent_indent="  "),
         "",
         f"trace 1, ids    {ids.tobytes().hex(' ', ids.itemsize)}",
         f"trace 1, roles  {roles.tobytes().hex(' ')}",

@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 import sys
 import tempfile
 from pathlib import Path
 
-from blocks import blocks
-from example import ROOT, run_example
-from pictures import pictures
-
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = Path("docs/how-it-works.md")
 PICTURES = Path("docs/pictures")
 BLOCK = re.compile(r"(<!-- begin: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
@@ -39,6 +37,12 @@ def filled(page: str, texts: dict[str, str]) -> str:
 
 def fresh_files(page: str) -> dict[Path, str]:
     """Every file the example makes, by its path from the root of the tree."""
+    # The same numbers with and without a GPU; torch asks for one when it is first imported.
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    from blocks import blocks
+    from example import run_example
+    from pictures import pictures
+
     with tempfile.TemporaryDirectory() as folder:
         example = run_example(Path(folder))
         files = {PAGE: filled(page, blocks(example))}
