@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from nmar_ds.data.loader import Batch, RowLoader
 from nmar_ds.errors import DivergenceError
 from nmar_ds.model.attention import SegmentLayout
 from nmar_ds.model.objective import token_weights
+from nmar_ds.model.training_model import MicroBatchLoss
 from nmar_ds.model.weighting import denominator
 from nmar_ds.traces.schema import NUM_ROLES, Role
 from nmar_ds.training.engine import Engine, all_reduce
@@ -58,12 +59,30 @@ def forward_arguments(batch: Batch, weights: Any, device: torch.device) -> dict[
 
 @dataclass(kw_only=True)
 class StepSums:
-    """Sums over the micro-batches of one step on this rank."""
+    """Sums over the micro-batches of one step on this rank.
+
+    Attributes:
+        loss: this rank's share of the optimised loss.
+        roles: float64[2, NUM_ROLES] loss sums and target counts by role.
+        tokens: that are not padding.
+        trained: targets that carry weight.
+    """
 
     loss: float = 0.0
-    roles: torch.Tensor | None = None
+    roles: torch.Tensor = field(
+        default_factory=lambda: torch.zeros(2, NUM_ROLES, dtype=torch.float64)
+    )
     tokens: int = 0
     trained: int = 0
+
+    def add(self, batch: Batch, result: MicroBatchLoss, weights: Any, divisor: float) -> None:
+        """Count one micro-batch in; `weights` are float64[NUM_ROLES], `divisor` is D."""
+        self.loss += float(result.loss_sum.detach()) / divisor
+        self.roles[0] += result.role_sums.cpu()
+        self.roles[1] += result.role_counts.cpu()
+        self.tokens += batch.num_tokens
+        trained = weights[batch.target_roles[batch.targets >= 0]] != 0
+        self.trained += int(trained.sum())
 
 
 class TrainingLoop:
@@ -162,7 +181,7 @@ class TrainingLoop:
         counts, num_traces = self.loader.counts_of_step(step)
         divisor = denominator(self.denominator_kind, counts, self.weights, num_traces)
         self.engine.set_learning_rate(learning_rate(step, self.total_steps, self.optimizer))
-        sums = StepSums(roles=torch.zeros(2, NUM_ROLES, dtype=torch.float64))
+        sums = StepSums()
         for batch in self.loader.batches_of_step(step):
             result = self.engine(
                 **forward_arguments(batch, self.weights, self.engine.device),
@@ -170,13 +189,7 @@ class TrainingLoop:
             )
             self.engine.backward(result.loss_sum * (self.engine.world_size / divisor))
             self.engine.step()
-            sums.loss += float(result.loss_sum.detach()) / divisor
-            assert sums.roles is not None
-            sums.roles[0] += result.role_sums.cpu()
-            sums.roles[1] += result.role_counts.cpu()
-            sums.tokens += batch.num_tokens
-            trained = self.weights[batch.target_roles[batch.targets >= 0]] != 0
-            sums.trained += int(trained.sum())
+            sums.add(batch, result, self.weights, divisor)
         return sums
 
     def _agree(self, done: int, sums: StepSums, applied: bool) -> bool:
@@ -211,7 +224,6 @@ class TrainingLoop:
 
     def _log(self, done: int, sums: StepSums) -> None:
         """Reduce the step's sums, and the tokens since the last log, over the ranks. Collective."""
-        assert sums.roles is not None
         seconds, tokens_here, trained_here, num_steps = self._pace
         self._pace = np.zeros(4)
         packed = torch.cat(
