@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from nmar_ds.errors import ConfigError, VocabularyError
 from nmar_ds.inference.decoding import Decoded, decode
 from nmar_ds.inference.sampling import sample
+from nmar_ds.traces.reduction import Machine
 
 VOCAB, UNDO, EOS, PAD = 40, 39, 2, 0
 torch.set_num_threads(1)
@@ -58,7 +59,7 @@ def greedy_alone(model: Any, ids: list[int], limit: int, banned: bool = False) -
 
 def run(model: Any, prompts: list[np.ndarray], **changes: Any) -> list[Decoded]:
     settings: dict[str, Any] = {
-        "undo_id": UNDO, "eos_id": EOS, "pad_id": PAD, "max_new_tokens": 24,
+        "machine": Machine(UNDO), "eos_id": EOS, "pad_id": PAD, "max_new_tokens": 24,
     }  # fmt: skip
     return decode(model, prompts, **(settings | changes))
 
@@ -275,7 +276,7 @@ def test_decode_drops_finished_sequences_from_the_batch() -> None:
         ({"temperature": float("nan")}, ConfigError, "temperature: nan"),
         ({"top_p": 0.0}, ConfigError, "top_p: 0.0"),
         ({"undo_mode": "Ban"}, ConfigError, "undo_mode: 'Ban'"),
-        ({"undo_id": VOCAB}, VocabularyError, "id 40: beyond the model's vocabulary"),
+        ({"machine": Machine(VOCAB)}, VocabularyError, "id 40: beyond the model's vocabulary"),
     ],
 )
 def test_decode_refuses_settings_in_one_line(

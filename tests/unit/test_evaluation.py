@@ -26,7 +26,7 @@ from nmar_ds.inference.metrics import Rate
 from nmar_ds.inference.probes import Problem, count_overlap, load_problems, make_probes, select
 from nmar_ds.inference.scoring import score_undo
 from nmar_ds.traces.encoding import Tokenizer
-from nmar_ds.traces.reduction import reduce
+from nmar_ds.traces.reduction import Machine, reduce
 
 LAUNCHER = Path(__file__).parents[2] / "launcher" / "evaluate_undo.py"
 torch.set_num_threads(1)
@@ -63,13 +63,15 @@ class Oracle(torch.nn.Module):
     rows and padding have to be right for it to answer at all.
     """
 
-    def __init__(self, tokenizer: Tokenizer, problems: list[Problem], policy: Policy) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, problems: list[Problem], policy: Policy, machine: Machine
+    ) -> None:
         super().__init__()
         self.embedding = torch.nn.Embedding(tokenizer.size, 1)
         self.config = examined.LlamaConfig(
             vocab_size=tokenizer.size, num_hidden_layers=1, max_position_embeddings=4096
         )
-        self.undo_id = tokenizer.undo_id
+        self.machine = machine
         self.references = {tuple(p.prompt_ids.tolist()): p.reference_ids.tolist() for p in problems}
         self.policy = policy
 
@@ -100,7 +102,7 @@ class Oracle(torch.nn.Module):
             reference = self.references.get(tuple(ids[:size]))
             if reference is not None:
                 response = ids[size:]
-                stack = reduce(response, undo_id=self.undo_id).tolist()
+                stack = reduce(response, self.machine).tolist()
                 return [self.policy(response, stack, reference), blind(response, stack, reference)]
         return [0]
 
@@ -114,12 +116,14 @@ def examine(
     tokenizer: Tokenizer,
     families: dict[str, list[Problem]],
     policy: Policy,
+    facts: ExportSettings | None = None,
     **changes: Any,
 ) -> FamilyResult:
-    model = Oracle(tokenizer, families["words"], policy)
+    facts = facts or settings_of(tokenizer)
+    model = Oracle(tokenizer, families["words"], policy, facts.machine)
     settings: dict[str, Any] = {"num_problems": 30, "batch_size": 16}
     examination = Examination(**(settings | changes))
-    return evaluate(model, tokenizer, settings_of(tokenizer), families, examination)["words"]
+    return evaluate(model, tokenizer, facts, families, examination)["words"]
 
 
 def values(result: FamilyResult) -> dict[str, Any]:
@@ -231,8 +235,16 @@ def test_evaluate_a_nervous_model_undoes_right_tokens(
     # p(UNDO) is as high at clean places after two tokens as after a deviation: ties, so half.
     problems = [sample.problem for sample in result.free]
     family = families["words"]
-    probes = make_probes(problems, family, tokenizer, name="words", seed=0, max_length=6)
-    share = sum(probe.cut == 2 for probe in probes) / len(probes)
+    probes = make_probes(
+        problems,
+        family,
+        tokenizer,
+        machine=Machine(tokenizer.undo_id),
+        name="words",
+        seed=0,
+        max_length=6,
+    )
+    share = sum(probe.start == 2 for probe in probes) / len(probes)
     assert share > 0 and found["undo_auroc"] == pytest.approx(1 - share / 2)
     # One clean prefix of each reference, that of two tokens, is answered with an undo.
     rate = result.measures["false_undo_prefix"]
@@ -254,24 +266,48 @@ def test_probes_are_plausible_reproducible_and_uniform(
     tokenizer: Tokenizer, families: dict[str, list[Problem]]
 ) -> None:
     family = families["words"]
-    probes = make_probes(family, family, tokenizer, name="words", seed=1, max_length=6)
-    again = make_probes(family[5:], family, tokenizer, name="words", seed=1, max_length=6)
+    probes = make_probes(
+        family,
+        family,
+        tokenizer,
+        machine=Machine(tokenizer.undo_id),
+        name="words",
+        seed=1,
+        max_length=6,
+    )
+    again = make_probes(
+        family[5:],
+        family,
+        tokenizer,
+        machine=Machine(tokenizer.undo_id),
+        name="words",
+        seed=1,
+        max_length=6,
+    )
     assert [p.forced_ids.tolist() for p in probes[5:]] == [p.forced_ids.tolist() for p in again]
-    other = make_probes(family, family, tokenizer, name="words", seed=2, max_length=6)
+    other = make_probes(
+        family,
+        family,
+        tokenizer,
+        machine=Machine(tokenizer.undo_id),
+        name="words",
+        seed=2,
+        max_length=6,
+    )
     assert [p.forced_ids.tolist() for p in probes] != [p.forced_ids.tolist() for p in other]
     assert len(probes) == len(family)
     everything = " ".join(p.reference for p in family)
     for probe in probes:
         reference = probe.problem.reference_ids
-        assert probe.deviation_ids[0] != reference[probe.cut]
+        assert probe.deviation_ids[0] != reference[probe.start]
         assert tokenizer.piece_class(int(probe.deviation_ids[0])) == tokenizer.piece_class(
-            int(reference[probe.cut])
+            int(reference[probe.start])
         )
         assert 1 <= len(probe.deviation_ids) <= 6
         assert tokenizer.decode(probe.deviation_ids, continuation=True).strip() in everything
-        assert probe.forced_ids[: probe.cut].tolist() == reference[: probe.cut].tolist()
+        assert probe.forced_ids[: probe.start].tolist() == reference[: probe.start].tolist()
     assert len({len(probe.deviation_ids) for probe in probes}) > 2
-    assert len({probe.cut for probe in probes}) > 2
+    assert len({probe.start for probe in probes}) > 2
 
 
 def test_select_wants_enough_problems_and_draws_without_repeats(

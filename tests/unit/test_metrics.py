@@ -21,8 +21,10 @@ from nmar_ds.inference.metrics import (
     transitions,
     wilson,
 )
+from nmar_ds.traces.reduction import Machine
 
 U, EOS = 99, 2
+TOKEN, RESET = Machine(U), Machine(U, "reset")
 
 
 def ids(*tokens: int) -> np.ndarray:
@@ -75,20 +77,15 @@ REFERENCE = ids(10, 11, 12, EOS)
 def test_judge_pops_by_hand(
     raw: np.ndarray, popped_right: int, popped_wrong: int, num_wrong: int
 ) -> None:
-    found = judge_pops(raw, REFERENCE, undo_id=U)
-    assert found == Pops(popped_right=popped_right, popped_wrong=popped_wrong, num_wrong=num_wrong)
-
-
-def test_judge_pops_follows_the_semantics() -> None:
-    # Under `reset` one undo takes the right 10 with the wrong 50.
-    found = judge_pops(ids(10, 50, U, 10, 11, 12, EOS), REFERENCE, undo_id=U, semantics="reset")
-    assert found == Pops(popped_right=1, popped_wrong=1, num_wrong=1)
+    assert judge_pops(raw, REFERENCE, TOKEN) == Pops(
+        popped_right=popped_right, popped_along=0, popped_wrong=popped_wrong, num_wrong=num_wrong
+    )
 
 
 def test_first_wrong_is_the_first_mismatch_even_when_undone() -> None:
-    assert first_wrong(ids(10, 50, U, 11, 12, EOS), REFERENCE, undo_id=U) == 1
-    assert first_wrong(ids(10, 11, U, 11, 60), REFERENCE, undo_id=U) == 4
-    assert first_wrong(REFERENCE, REFERENCE, undo_id=U) is None
+    assert first_wrong(ids(10, 50, U, 11, 12, EOS), REFERENCE, TOKEN) == 1
+    assert first_wrong(ids(10, 11, U, 11, 60), REFERENCE, TOKEN) == 4
+    assert first_wrong(REFERENCE, REFERENCE, TOKEN) is None
 
 
 def test_leading_undos() -> None:
@@ -119,17 +116,17 @@ def test_detection_latency_counts_tokens_from_the_first_wrong_one() -> None:
 def test_judge_recovery_of_a_deviation_of_two(
     emitted: np.ndarray, undone: bool, exact: bool, over: bool, parroted: bool | None
 ) -> None:
-    found = judge_recovery(emitted, ids(50, 51), num_expected=2, undo_id=U)
+    found = judge_recovery(emitted, ids(50, 51), TOKEN)
     assert found == Recovery(undone=undone, exact=exact, over=over, parroted=parroted)
 
 
 def test_num_revisits_counts_returns_to_an_earlier_content() -> None:
-    assert num_revisits(ids(10, 50, U, 11), undo_id=U) == 0
-    assert num_revisits(ids(10, 50, U, 50, U, 50, U, 11), undo_id=U) == 2
+    assert num_revisits(ids(10, 50, U, 11), TOKEN) == 0
+    assert num_revisits(ids(10, 50, U, 50, U, 50, U, 11), TOKEN) == 2
     # The same token on another stack is another content.
-    assert num_revisits(ids(10, 50, U, 11, 50), undo_id=U) == 0
+    assert num_revisits(ids(10, 50, U, 11, 50), TOKEN) == 0
     # [10] after popping everything, then [10, 11]: both had been there.
-    assert num_revisits(ids(10, 11, U, U, 10, 11), undo_id=U) == 2
+    assert num_revisits(ids(10, 11, U, U, 10, 11), TOKEN) == 2
 
 
 def test_overhead_is_emitted_over_kept() -> None:

@@ -18,6 +18,7 @@ from nmar_ds.errors import StoreError
 from nmar_ds.model.weighting import role_weights
 from nmar_ds.traces.builders import Deviation, Turn, assemble
 from nmar_ds.traces.encoding import Tokenizer
+from nmar_ds.traces.reduction import Machine
 from nmar_ds.traces.schema import Role, Trace
 
 LAUNCHER = Path(__file__).parents[2] / "launcher" / "show.py"
@@ -32,7 +33,7 @@ def trace(tokenizer: Tokenizer, line: int, prompt: str, reference: str, wrong: s
         reference_ids=ids.astype(np.int32),
         deviations=(Deviation(1, cut, 0),) if wrong else (),
     )
-    return assemble([turn], undo_id=tokenizer.undo_id, semantics="token", line=line, source=0)
+    return assemble([turn], machine=Machine(tokenizer.undo_id), line=line, source=0)
 
 
 @pytest.fixture(scope="module")
