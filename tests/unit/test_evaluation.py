@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,10 +24,18 @@ from nmar_ds.inference.bars import MEASURES, missed, parse_bar
 from nmar_ds.inference.evaluation import Examination, FamilyResult, evaluate
 from nmar_ds.inference.exported import ExportSettings
 from nmar_ds.inference.metrics import Rate
-from nmar_ds.inference.probes import Problem, count_overlap, load_problems, make_probes, select
+from nmar_ds.inference.probes import (
+    Probe,
+    Problem,
+    count_overlap,
+    load_problems,
+    make_probes,
+    select,
+)
 from nmar_ds.inference.scoring import score_undo
+from nmar_ds.traces.boundaries import machine_of
 from nmar_ds.traces.encoding import Tokenizer
-from nmar_ds.traces.reduction import Machine, reduce
+from nmar_ds.traces.reduction import Machine, num_undos, reduce, start_of
 
 LAUNCHER = Path(__file__).parents[2] / "launcher" / "evaluate_undo.py"
 torch.set_num_threads(1)
@@ -260,6 +269,148 @@ def test_evaluate_corrected_needs_the_deviation_gone(tokenizer: Tokenizer, tmp_p
     result = examine(tokenizer, families, blind)
     assert values(result)["corrected"] == 0.0
     assert any(sample.right for sample in result.forced)
+
+
+# -- span and reset ------------------------------------------------------------------------------
+
+
+def facts_of(tokenizer: Tokenizer, semantics: str) -> ExportSettings:
+    texts = [" ", "e"] if semantics == "span" else []
+    ids = machine_of(tokenizer, semantics, texts).boundary_ids
+    return replace(settings_of(tokenizer), semantics=semantics, boundary_ids=tuple(sorted(ids)))
+
+
+def probes_of(
+    tokenizer: Tokenizer, families: dict[str, list[Problem]], machine: Machine
+) -> list[Probe]:
+    """Those of `examine`: of the 30 problems it draws."""
+    chosen = select(families, num_problems=30, seed=0, allow_fewer=False)["words"]
+    return make_probes(
+        chosen, families["words"], tokenizer, machine=machine, name="words", seed=0, max_length=6
+    )
+
+
+@pytest.mark.parametrize("semantics", ["span", "reset"])
+def test_evaluate_a_careful_model_under_other_semantics(
+    semantics: str, tokenizer: Tokenizer, families: dict[str, list[Problem]]
+) -> None:
+    facts = facts_of(tokenizer, semantics)
+    found = values(examine(tokenizer, families, careful(tokenizer.undo_id), facts))
+    ones = ("reduced", "undone", "exact_k", "corrected", "noticed", "forced_undo_precision",
+            "forced_undo_recall", "undo_auroc")  # fmt: skip
+    zeros = ("false_undo", "over_undo", "parrot", "loop", "stray_undo", "unfinished", "mean_delay")
+    assert {name: found[name] for name in ones} == dict.fromkeys(ones, 1.0)
+    assert {name: found[name] for name in zeros} == dict.fromkeys(zeros, 0.0)
+    # Tokens from the first wrong one on: what was moved is none of them.
+    probes = probes_of(tokenizer, families, facts.machine)
+    lengths = [len(probe.forced_ids) - probe.onset for probe in probes]
+    assert found["mean_latency"] == np.mean(lengths) and max(lengths) <= 6
+
+
+@pytest.mark.parametrize("semantics", ["span", "reset"])
+def test_evaluate_free_errors_that_are_repaired(
+    semantics: str, tokenizer: Tokenizer, families: dict[str, list[Problem]]
+) -> None:
+    undo_id, facts = tokenizer.undo_id, facts_of(tokenizer, semantics)
+
+    def policy(response: list[int], stack: list[int], reference: list[int]) -> int:
+        if len(response) == 2:
+            return reference[0] if reference[2] != reference[0] else reference[-2]
+        return careful(undo_id)(response, stack, reference)
+
+    result = examine(tokenizer, families, policy, facts)
+    found = values(result)
+    assert (found["raw"], found["reduced"], found["with_undo"]) == (0.0, 1.0, 1.0)
+    assert (found["undo_precision"], found["undo_recall"]) == (1.0, 1.0)
+    assert (found["false_undo"], found["loop"]) == (0.0, 0.0)
+    kept = [sample.problem.reference_ids for sample in result.free]
+    starts = [start_of(ids, 2, facts.machine) for ids in kept]
+    assert max(starts) == (2 if semantics == "span" else 0) and min(starts) == 0
+    num_kept = sum(map(len, kept))
+    again = sum(2 + 2 - start for start in starts)  # the wrong token, its undo, what went along
+    assert found["overhead"] == pytest.approx((num_kept + again) / num_kept)
+
+
+@pytest.mark.parametrize("semantics", ["span", "reset"])
+def test_evaluate_one_undo_too_many_under_other_semantics(
+    semantics: str, tokenizer: Tokenizer, families: dict[str, list[Problem]]
+) -> None:
+    undo_id, facts = tokenizer.undo_id, facts_of(tokenizer, semantics)
+
+    def policy(response: list[int], stack: list[int], reference: list[int]) -> int:
+        last = [place for place, token in enumerate(response) if token != undo_id][-1:]
+        run = len(response) - sum(last) - len(last)
+        written = response[: len(response) - run]
+        before = reduce(response[:-1], facts.machine).tolist()
+        just_done = run > 0 and before != reference[: len(before)]
+        right = stack == reference[: len(stack)]
+        if undo_id not in written and right and just_done:
+            return undo_id
+        return careful(undo_id)(response, stack, reference)
+
+    found = values(examine(tokenizer, families, policy, facts))
+    assert (found["undone"], found["exact_k"], found["over_undo"]) == (1.0, 0.0, 1.0)
+    assert (found["corrected"], found["forced_undo_recall"]) == (1.0, 1.0)
+    starts = [probe.start for probe in probes_of(tokenizer, families, facts.machine)]
+    if semantics == "span":  # the span before went needlessly
+        assert any(starts) and 0 < found["forced_undo_precision"] < 1
+    else:  # there was nothing left to take
+        assert not any(starts) and found["forced_undo_precision"] == 1.0
+
+
+def test_evaluate_one_undo_leaves_what_stands_before_a_boundary(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    rows = [row | {"answer": row["reference"].split()[-1]} for row in examined.records(40, seed=9)]
+    families = load_problems([examined.write(tmp_path / "a.jsonl", rows)], tokenizer)
+    undo_id, facts = tokenizer.undo_id, facts_of(tokenizer, "span")
+
+    def lazy(response: list[int], stack: list[int], reference: list[int]) -> int:
+        if undo_id in response:
+            return blind(response, stack, reference)
+        return careful(undo_id)(response, stack, reference)
+
+    found = values(examine(tokenizer, families, lazy, facts))
+    probes = probes_of(tokenizer, families, facts.machine)
+    share = np.mean([num_undos(probe.deviation_ids, facts.machine) == 1 for probe in probes])
+    assert 0 < share < 1
+    assert found["exact_k"] == found["corrected"] == pytest.approx(share)
+
+
+def test_evaluate_compares_p_undo_at_the_place_that_went_wrong(
+    tokenizer: Tokenizer, families: dict[str, list[Problem]]
+) -> None:
+    """Under `reset` a deviation starts at base; where it goes wrong is another place."""
+    undo_id, facts = tokenizer.undo_id, facts_of(tokenizer, "reset")
+
+    def policy(response: list[int], stack: list[int], reference: list[int]) -> int:
+        return undo_id if not response else careful(undo_id)(response, stack, reference)
+
+    found = values(examine(tokenizer, families, policy, facts))
+    onsets = [probe.onset for probe in probes_of(tokenizer, families, facts.machine)]
+    share = np.mean([onset == 0 for onset in onsets])
+    assert found["undo_auroc"] == pytest.approx(1 - share / 2) and share < 0.5
+    assert (found["stray_undo"], found["exact_k"]) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("semantics", ["span", "reset"])
+def test_probes_start_where_undos_come_back_to(
+    semantics: str, tokenizer: Tokenizer, families: dict[str, list[Problem]]
+) -> None:
+    machine = facts_of(tokenizer, semantics).machine
+    plain = probes_of(tokenizer, families, Machine(tokenizer.undo_id))
+    moved = probes_of(tokenizer, families, machine)
+    assert len(plain) == len(moved) == 30
+    for probe, other in zip(plain, moved, strict=True):
+        # The same text is forced; only what is called the deviation is longer.
+        assert probe.forced_ids.tolist() == other.forced_ids.tolist()
+        assert probe.start == probe.onset == other.onset >= other.start
+        below = other.problem.reference_ids[: other.start][-1:].tolist()
+        assert not below or (semantics == "span" and below[0] in machine.boundary_ids)
+        undos = [machine.undo_id] * num_undos(other.deviation_ids, machine)
+        left = reduce([*other.forced_ids.tolist(), *undos], machine)
+        assert left.tolist() == other.problem.reference_ids[: other.start].tolist()
+    assert any(other.start < other.onset for other in moved)
 
 
 def test_probes_are_plausible_reproducible_and_uniform(
