@@ -62,8 +62,8 @@ class UndoSection(Section):
     token: str = "<UNDO>"
     """Its text form; a text can never produce the token itself."""
     semantics: Literal["token", "span", "reset"] = "token"
-    """What one of it undoes: `token` one token; `span` back to the last boundary, which stays;
-    `reset` the whole response."""
+    """What one of it undoes: `token` one token; `span` the last one and on back to a
+    boundary, which stays; `reset` the whole response."""
     boundaries: list[str] = []
     """For `span`: a token whose text ends with one of these texts is a boundary, such as "\\n"."""
 

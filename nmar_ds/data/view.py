@@ -132,7 +132,7 @@ def undo_line(manifest: Mapping[str, Any]) -> Text:
     """Say what one undo takes back in a store, from its manifest."""
     taken = {
         "token": "one token",
-        "span": "all after the last boundary",
+        "span": "the last token and on back to a boundary",
         "reset": "the whole response",
     }[manifest["semantics"]]
     texts = ", ".join(repr(text) for text in manifest.get("boundaries", []))

@@ -28,7 +28,7 @@ from nmar_ds.inference.rendering import Run, as_plain, as_rich, response_text, r
 from nmar_ds.traces.builders import encode_record
 from nmar_ds.traces.encoding import Tokenizer
 from nmar_ds.traces.records import Record, TextTurn
-from nmar_ds.traces.reduction import Machine
+from nmar_ds.traces.reduction import Machine, reduce
 
 LAUNCHER = Path(__file__).parents[2] / "launcher" / "generate.py"
 torch.set_num_threads(1)
@@ -216,6 +216,31 @@ def test_show_prints_raw_beside_reduced(
     out = capsys.readouterr().out
     assert "--- raw\n" in out and f"--- reduced\n{found.reduced}\n" in out
     assert f"{found.decoded.num_undos} undos" in out
+
+
+@pytest.mark.parametrize("semantics", ["span", "reset"])
+def test_generate_undoes_as_the_export_says(
+    semantics: str, export: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    ids = np.flatnonzero(~tokenizer.is_special)[::4].tolist() if semantics == "span" else []
+    folder = examined.variant(
+        export, tmp_path / semantics, semantics=semantics, boundary_ids=ids
+    )  # fmt: skip
+    settings, model = read_settings(folder), load_model(folder)
+    machine = Machine(tokenizer.undo_id, semantics, frozenset(ids))
+    assert settings.machine == machine
+    num_telling = 0
+    for seed in range(12):
+        found = generate(
+            model, tokenizer, settings, "7. Reverse: sun\n", max_new_tokens=40, temperature=2.0,
+            undo_bias=2.0, seed=seed,
+        )  # fmt: skip
+        raw = found.decoded.raw_ids
+        wanted = reduce(raw, machine).tolist()
+        assert found.decoded.reduced_ids.tolist() == wanted
+        assert sum(run.num_tokens for run in found.runs if run.kind == "kept") == len(wanted)
+        num_telling += len(wanted) != len(reduce(raw, Machine(tokenizer.undo_id)))
+    assert num_telling > 0
 
 
 def launch(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -174,7 +174,7 @@ def test_print_store_says_the_semantics_and_marks_the_first_wrong_token(
     assert "\nundo: token, one takes back one token\n" in shown["token"]
     num_ids = len(machine_of(tokenizer, "span", ["t"]).boundary_ids)
     assert (
-        "\nundo: span, one takes back all after the last boundary; "
+        "\nundo: span, one takes back the last token and on back to a boundary; "
         f"{num_ids} boundary ids end with 't'\n"
     ) in shown["span"]
     assert "\nundo: reset, one takes back the whole response\n" in shown["reset"]
