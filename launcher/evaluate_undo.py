@@ -40,11 +40,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--max-length", type=int, default=6, metavar="TOKENS",
-        help="forced deviations have 1 to this many tokens (default 6)",
+        help="forced deviations have 1 to this many wrong tokens (default 6)",
     )  # fmt: skip
     parser.add_argument(
         "--max-new-tokens", type=int, default=None, metavar="TOKENS",
-        help="per response (default: twice the family's longest reference and some more)",
+        help="per response (default: twice the family's longest reference and some more; four "
+        "times under span and reset)",
     )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=256, help="sequences side by side")
     parser.add_argument("--seed", type=int, default=0, help="of problems and deviations")
@@ -114,7 +115,8 @@ def run(options: argparse.Namespace) -> int:
     for line in lines:
         print(f"MISSED {line}")
     if options.output is not None:
-        about = {"model": str(options.model), **wanted, "max_length": options.max_length,
+        about = {"model": str(options.model), "semantics": settings.semantics, **wanted,
+                 "max_length": options.max_length,
                  "require": [str(bar) for bar in bars]}  # fmt: skip
         whole = report.as_json(
             results, about=about, overlap=overlap, missed=lines, num_samples=options.samples,

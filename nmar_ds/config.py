@@ -64,14 +64,25 @@ class UndoSection(Section):
     reserved_token: str | None = None
     """A special token nothing uses, whose id and row it takes; null adds a new id."""
     semantics: Literal["token", "span", "reset"] = "token"
-    """What one of it undoes; only `token`, one token each, is built end to end."""
+    """What one of it undoes: `token` one token; `span` the last one and on back to a
+    boundary, which stays; `reset` the whole response."""
+    boundaries: list[str] = []
+    """For `span`: a token whose text ends with one of these texts is a boundary, such as "\\n"."""
 
-    @field_validator("semantics")
+    @field_validator("boundaries")
     @classmethod
-    def _only_token(cls, value: str) -> str:
-        if value != "token":
-            raise ValueError("is not built end to end yet; use token")
+    def _texts(cls, value: list[str]) -> list[str]:
+        if "" in value:
+            raise ValueError("holds an empty text, with which every token ends")
         return value
+
+    @model_validator(mode="after")
+    def _boundaries_fit(self) -> UndoSection:
+        if self.semantics == "span" and not self.boundaries:
+            raise ValueError('`span` needs `boundaries`: texts that end a span, such as "\\n"')
+        if self.semantics != "span" and self.boundaries:
+            raise ValueError(f"`boundaries` belong to `span`, `semantics` is `{self.semantics}`")
+        return self
 
 
 class TraceSection(Section):
@@ -86,7 +97,8 @@ class TraceSection(Section):
     max_deviations: PositiveInt = 2
     """A trace that is not clean has 1 to this many deviations, uniformly."""
     max_deviation_length: PositiveInt = 6
-    """Tokens; lengths are drawn uniformly from 1 to this."""
+    """Wrong tokens, drawn uniformly from 1 to this; right ones that `span` or `reset` moves into
+    the deviation come on top."""
 
     @model_validator(mode="after")
     def _given_once(self) -> TraceSection:

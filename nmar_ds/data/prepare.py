@@ -145,6 +145,7 @@ def prepare_run(config: RunConfig) -> Iterator[str]:
             overlong=config.data.overlong,
             seed=config.seed,
             semantics=config.undo.semantics,
+            boundaries=config.undo.boundaries,
             context=config.context,
             undo_token=config.undo.token,
             chat=chat,

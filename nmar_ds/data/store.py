@@ -22,6 +22,7 @@ import numpy.typing as npt
 from nmar_ds.errors import NmarError, StoreError
 from nmar_ds.files import sha256_file, sync
 from nmar_ds.traces.encoding import Tokenizer, load_tokenizer
+from nmar_ds.traces.reduction import Machine
 from nmar_ds.traces.schema import NUM_ROLES, IdArray, Role, RoleArray, Trace
 
 # N traces in a store, T tokens in a trace
@@ -46,7 +47,8 @@ def write_store(
     traces: Iterable[Trace],
     *,
     tokenizer: Tokenizer,
-    semantics: str = "token",
+    machine: Machine | None = None,
+    boundaries: Iterable[str] = (),
     context: str = "linear",
     sources: Iterable[Mapping[str, Any]] = (),
     builder: Mapping[str, Any] | None = None,
@@ -61,7 +63,8 @@ def write_store(
         folder: final place; something there that is not a store is never overwritten.
         traces: checked already.
         tokenizer: copied into the store.
-        semantics: what one undo pops.
+        machine: what one undo pops; by default one token.
+        boundaries: the texts its boundary ids were found by.
         context: what a token may see.
         sources: path and sha256 of each source file.
         builder: settings the traces were built with.
@@ -77,6 +80,8 @@ def write_store(
         StoreError: something else is at `folder`, or nothing can be written there.
     """
     folder = Path(folder)
+    machine = machine or Machine(tokenizer.undo_id)
+    assert machine.undo_id == tokenizer.undo_id, "the machine of another tokenizer"
     _require_replaceable(folder)
     partial = folder.with_name(folder.name + ".partial")
     try:
@@ -96,7 +101,9 @@ def write_store(
         manifest = {
             "format_version": FORMAT_VERSION,
             "tokenizer": describe_tokenizer(tokenizer),
-            "semantics": semantics,
+            "semantics": machine.semantics,
+            "boundaries": list(boundaries),
+            "boundary_ids": sorted(machine.boundary_ids),
             "context": context,
             "counts": {**(counts or {}), **writer.counts()},
             "sources": [dict(source) for source in sources],
@@ -243,6 +250,15 @@ class Store:
         return self.num_traces
 
     @property
+    def machine(self) -> Machine:
+        """What one undo pops in these traces."""
+        undo_id, boundary_ids = (
+            self.manifest["tokenizer"]["undo_id"],
+            boundary_ids_of(self.manifest),
+        )
+        return Machine(undo_id, self.manifest["semantics"], frozenset(boundary_ids))
+
+    @property
     def lengths(self) -> npt.NDArray[np.int32]:
         """int32[N] tokens per trace."""
         parts = [np.diff(self._array(shard, "offsets")) for shard in self._shards()]
@@ -368,6 +384,11 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if checksum != manifest_checksum(manifest):
         raise StoreError(f"{file}: damaged, its checksum differs; restore it or {AGAIN}")
     return dict(manifest)
+
+
+def boundary_ids_of(manifest: Mapping[str, Any]) -> list[int]:
+    """Return the sorted boundary ids in a store's or checkpoint's manifest; old ones have none."""
+    return list(manifest.get("boundary_ids", []))
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:

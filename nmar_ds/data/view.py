@@ -9,9 +9,10 @@ training loop gets it, not a second reading of the store.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Protocol
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ from rich.text import Text
 
 from nmar_ds.data.loader import Batch, TraceSource, make_batch
 from nmar_ds.data.packing import best_fit_decreasing
-from nmar_ds.data.store import Store
+from nmar_ds.data.store import Store, boundary_ids_of
 from nmar_ds.errors import StoreError
 from nmar_ds.traces.schema import NUM_ROLES, Role
 
@@ -80,7 +81,7 @@ def print_store(
             f"at most --sequence-length {length}"
         )
     console = Console()
-    lines = [*legend(weights), Text()]
+    lines = [*legend(weights), undo_line(store.manifest), Text()]
     if single:
         plan = [np.array([index], np.int64) for index in range(store.num_traces)]
     else:
@@ -96,6 +97,7 @@ def print_store(
             weights=weights,
             tokenizer=store.tokenizer(),
             origin={t: f"source {store.source(t)}, line {store.line(t)}" for t in traces.tolist()},
+            onsets={t: store.onsets(t).tolist() for t in traces.tolist()},
         )
         lines.append(Text())
     lines += counts_view(store.role_counts.sum(axis=0), weights)
@@ -121,8 +123,21 @@ def legend(weights: Weights) -> Iterator[Text]:
         yield line.append(f"{weights[role]:>8g}  {_mark(weights[role])}")
     yield Text(
         "one line per segment: letter, mark, position of its first token, tokens between bars; "
-        "a trace's first token is nobody's target"
+        "a trace's first token is nobody's target; in a deviation || stands before the first wrong "
+        "token where right ones come before it"
     )
+
+
+def undo_line(manifest: Mapping[str, Any]) -> Text:
+    """Say what one undo takes back in a store, from its manifest."""
+    taken = {
+        "token": "one token",
+        "span": "the last token and on back to a boundary",
+        "reset": "the whole response",
+    }[manifest["semantics"]]
+    texts = ", ".join(repr(text) for text in manifest.get("boundaries", []))
+    ends = f"; {len(boundary_ids_of(manifest))} boundary ids end with {texts}" if texts else ""
+    return Text(f"undo: {manifest['semantics']}, one takes back {taken}{ends}")
 
 
 def row_view(
@@ -134,6 +149,7 @@ def row_view(
     weights: Weights,
     tokenizer: Pieces,
     origin: dict[int, str],
+    onsets: Mapping[int, Sequence[int]] = MappingProxyType({}),
 ) -> Iterator[Text]:
     """Lines for one packed row.
 
@@ -145,6 +161,7 @@ def row_view(
         weights: weight of each role's targets.
         tokenizer: gives each id its display form.
         origin: where each trace came from, by store index.
+        onsets: index of each deviation's first wrong token, by store index; unmarked if absent.
     """
     batch = make_batch(source, [traces], length=length, pad_id=0)
     used = batch.num_tokens
@@ -156,8 +173,9 @@ def row_view(
             yield Text(f"+-- padding: {end - start} tokens", style="bright_black")
         else:
             yield from _trace_view(
-                batch, start, end, index=index, weights=weights, tokenizer=tokenizer, origin=origin
-            )
+                batch, start, end, index=index, weights=weights, tokenizer=tokenizer,
+                origin=origin, onsets=onsets.get(index, ()),
+            )  # fmt: skip
 
 
 def _trace_view(
@@ -169,6 +187,7 @@ def _trace_view(
     weights: Weights,
     tokenizer: Pieces,
     origin: dict[int, str],
+    onsets: Sequence[int],
 ) -> Iterator[Text]:
     positions = batch.position_ids.ravel()[start:end]
     roles = batch.roles.ravel()[start:end]
@@ -183,8 +202,8 @@ def _trace_view(
     for first, last in pairwise(cuts):
         role = Role(int(roles[first]))
         line = Text(f"|   {LETTERS[role]} {_mark(weights[role]):<4} {positions[first]:>5} ")
-        for token in ids[first:last].tolist():
-            line.append("|", style="bright_black")
+        for place, token in enumerate(ids[first:last].tolist(), start=first):
+            line.append("||" if place in onsets and place > first else "|", style="bright_black")
             line.append(visible(tokenizer.piece(token)), style=STYLES[role])
         yield line.append("|", style="bright_black")
 

@@ -17,7 +17,7 @@ has finished.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from transformers import DynamicCache
 
 from nmar_ds.errors import ConfigError, VocabularyError
 from nmar_ds.inference.sampling import sample, uniform_draws
-from nmar_ds.traces.reduction import reduce, strays
+from nmar_ds.traces.reduction import Machine, walk
 from nmar_ds.traces.schema import IdArray
 
 UndoMode = Literal["allow", "ban"]
@@ -86,7 +86,7 @@ def decode(
     model: Any,
     prompts: Sequence[IdArray],
     *,
-    undo_id: int,
+    machine: Machine,
     eos_id: int,
     pad_id: int | None,
     max_new_tokens: int,
@@ -99,15 +99,13 @@ def decode(
     seed: int = 0,
     forced: Sequence[IdArray] | None = None,
     batch_size: int = 128,
-    semantics: str = "token",
-    boundary_ids: Collection[int] = (),
 ) -> list[Decoded]:
     """Decode every prompt; a result does not depend on its neighbours in the batch.
 
     Args:
         model: a causal language model of transformers, in evaluation mode.
         prompts: int arrays, at least one id each (BOS included where the model was trained so).
-        undo_id: id of `<UNDO>`.
+        machine: the id of `<UNDO>`, and what one of them undoes in this model (SPEC 2).
         eos_id: the stop token; emitting it ends a sequence.
         pad_id: fills masked positions; any valid id does (None: the stop token).
         max_new_tokens: tokens emitted at most, undos and undone tokens included.
@@ -121,8 +119,6 @@ def decode(
         forced: int arrays, appended to the prompts as response already written (a prefix, a
             deviation). The base stays at the end of the prompt, so these can be undone.
         batch_size: sequences decoded side by side.
-        semantics: `undo.semantics` of the model (SPEC 2).
-        boundary_ids: as for `reduction.reduce`, under semantics `span`.
 
     Returns:
         One `Decoded` per prompt, in the order of `prompts`.
@@ -133,7 +129,7 @@ def decode(
         VocabularyError: an id beyond the model's vocabulary.
     """
     rules = _Rules(
-        undo_id=undo_id,
+        undo_id=machine.undo_id,
         eos_id=eos_id,
         pad_id=eos_id if pad_id is None else pad_id,
         max_new_tokens=max_new_tokens,
@@ -160,17 +156,13 @@ def decode(
         for index, (emitted, num_undos, limited) in zip(chosen, batch.run(), strict=True):
             raw = np.concatenate([starts[index], emitted]).astype(np.int32)
             stopped = len(emitted) > 0 and int(emitted[-1]) == eos_id
-            machine: dict[str, Any] = {
-                "undo_id": undo_id,
-                "semantics": semantics,
-                "boundary_ids": boundary_ids,
-            }
+            carried = walk(raw, machine)
             results[index] = Decoded(
                 raw_ids=raw,
                 num_forced=len(starts[index]),
-                reduced_ids=reduce(raw, **machine),
+                reduced_ids=raw[carried.kept],
                 num_undos=num_undos,
-                num_strays=strays(raw, **machine),
+                num_strays=carried.num_strays,
                 undo_limited=limited and undo_mode != "ban",
                 stop_reason="eos" if stopped else "length",
             )

@@ -23,7 +23,7 @@ from nmar_ds.inference.probes import Probe, Problem, make_probes, select
 from nmar_ds.inference.rendering import response_text, without_undos
 from nmar_ds.inference.scoring import UndoScores, score_undo
 from nmar_ds.traces.encoding import Tokenizer
-from nmar_ds.traces.reduction import num_undos, survivors
+from nmar_ds.traces.reduction import survivors
 from nmar_ds.traces.schema import IdArray
 
 
@@ -72,7 +72,8 @@ def evaluate(
         settings: ids and semantics of the model.
         families: held-out problems by family, from `probes.load_problems`.
         examination: `num_problems` per family drawn with `seed`; deviations of 1 to `max_length`
-            tokens; `max_new_tokens` None allows twice the longest reference and some more.
+            wrong tokens; `max_new_tokens` None allows twice the longest reference (four times under
+            `span` and `reset`) and some more.
 
     Raises:
         ConfigError: fewer held-out problems than asked for, without `allow_fewer`.
@@ -104,18 +105,19 @@ class _Family:
         self.tokenizer = tokenizer
         self.problems = problems
         self.examination = examination
-        self.undo_id = settings.undo_id
-        self.semantics = settings.semantics
+        self.machine = settings.machine
         longest = max(len(problem.reference_ids) for problem in problems)
+        # A span or a whole response is written again after each undo, not its wrong end only.
+        num_times = 2 if settings.semantics == "token" else 4
+        allowed = num_times * longest + 4 * examination.max_length
         self.decode = partial(
             decode,
             model,
-            undo_id=settings.undo_id,
+            machine=settings.machine,
             eos_id=settings.eos_id,
             pad_id=settings.pad_id,
-            max_new_tokens=examination.max_new_tokens or 2 * longest + 4 * examination.max_length,
+            max_new_tokens=examination.max_new_tokens or allowed,
             batch_size=examination.batch_size,
-            semantics=settings.semantics,
         )
 
     def run(self, name: str, family: Sequence[Problem]) -> FamilyResult:
@@ -131,6 +133,7 @@ class _Family:
             self.problems,
             family,
             self.tokenizer,
+            machine=self.machine,
             name=name,
             seed=exam.seed,
             max_length=exam.max_length,
@@ -172,18 +175,13 @@ class _Family:
         reduced = [self._right(problem, decoded) for problem, decoded in pairs]
         without = [self._right(*pair) for pair in zip(self.problems, banned, strict=True)]
         gained, lost = metrics.transitions(without, reduced)
-        pops = [
-            metrics.judge_pops(
-                d.raw_ids, p.reference_ids, undo_id=self.undo_id, semantics=self.semantics
-            )
-            for p, d in pairs
-        ]
+        pops = [metrics.judge_pops(d.raw_ids, p.reference_ids, self.machine) for p, d in pairs]
         popped_wrong = sum(pop.popped_wrong for pop in pops)
         popped = popped_wrong + sum(pop.popped_right for pop in pops)
         return {
             "n": len(free),
             "raw": Rate.over(
-                self._right(p, d, without_undos(d.raw_ids, self.undo_id)) for p, d in pairs
+                self._right(p, d, without_undos(d.raw_ids, self.machine.undo_id)) for p, d in pairs
             ),
             "reduced": Rate.over(reduced),
             "banned": Rate.over(without),
@@ -199,42 +197,37 @@ class _Family:
             "undo_recall": Rate(popped_wrong, sum(pop.num_wrong for pop in pops)),
             "stray_undo": Rate.over(d.num_strays > 0 for d in free),
             "undo_limited": Rate.over(d.undo_limited for d in free),
-            "loop": Rate.over(d.undo_limited or self._revisits(d) for d in free),
+            "loop": Rate.over(
+                d.undo_limited or metrics.num_revisits(d.raw_ids, self.machine) > 0 for d in free
+            ),
             "unfinished": Rate.over(d.stop_reason == "length" for d in free),
             "overhead": metrics.overhead([d.raw_ids for d in free], [d.reduced_ids for d in free]),
         }
-
-    def _revisits(self, decoded: Decoded) -> bool:
-        machine: dict[str, Any] = {"undo_id": self.undo_id, "semantics": self.semantics}
-        return metrics.num_revisits(decoded.raw_ids, **machine) > 0
 
     def _measure_forced(
         self, probes: list[Probe], forced: list[Decoded]
     ) -> dict[str, Rate | float | int | None]:
         pairs = list(zip(probes, forced, strict=True))
-        machine: dict[str, Any] = {"undo_id": self.undo_id, "semantics": self.semantics}
+        machine = self.machine
         recoveries = [
-            metrics.judge_recovery(
-                decoded.emitted_ids,
-                probe.deviation_ids,
-                num_expected=num_undos(probe.deviation_ids, semantics=self.semantics),
-                undo_id=self.undo_id,
-            )
+            metrics.judge_recovery(decoded.emitted_ids, probe.deviation_ids, machine)
             for probe, decoded in pairs
         ]
         pops = [
-            metrics.judge_pops(d.raw_ids, probe.problem.reference_ids, **machine)
+            metrics.judge_pops(d.raw_ids, probe.problem.reference_ids, machine)
             for probe, d in pairs
         ]
         popped_wrong = sum(pop.popped_wrong for pop in pops)
         # Judged from the first wrong token: a deviation must be gone as well as the answer right,
         # or an answer that survives a wrong step would count as a correction.
-        gone = [not survivors(d.raw_ids, **machine)[probe.cut] for probe, d in pairs]
-        latencies = [metrics.detection_latency(d.raw_ids, p.cut, self.undo_id) for p, d in pairs]
+        gone = [not survivors(d.raw_ids, machine)[probe.onset] for probe, d in pairs]
+        latencies = [
+            metrics.detection_latency(d.raw_ids, p.onset, machine.undo_id) for p, d in pairs
+        ]
         noticed = [latency for latency in latencies if latency is not None]
-        # Ids of the forced span are counted in the latency, so the quickest is the span's length.
+        # Forced wrong ids are counted in the latency, so the quickest is their number.
         delays = [
-            latency - len(probe.deviation_ids)
+            latency - (len(probe.forced_ids) - probe.onset)
             for probe, latency in zip(probes, latencies, strict=True)
             if latency is not None
         ]
@@ -259,7 +252,7 @@ class _Family:
 
     def _measure_scores(self, probes: list[Probe]) -> dict[str, Rate | float | int | None]:
         """Undo after clean prefixes (every one of each reference), and after each deviation."""
-        scores = partial(score_undo, self.model, undo_id=self.undo_id)
+        scores = partial(score_undo, self.model, undo_id=self.machine.undo_id)
         starts = [len(problem.prompt_ids) - 1 for problem in self.problems]
         clean = scores(
             [np.concatenate([p.prompt_ids, p.reference_ids[:-1]]) for p in self.problems]
@@ -276,12 +269,12 @@ class _Family:
     def _auroc(
         self, probes: list[Probe], clean: list[UndoScores], wrong: list[UndoScores]
     ) -> float | None:
-        """p(UNDO) right after a deviation against p(UNDO) at the place where it began."""
+        """p(UNDO) right after a deviation against p(UNDO) at the place where it went wrong."""
         by_line = {(p.path, p.line): score for p, score in zip(self.problems, clean, strict=True)}
         negatives = [
             float(
                 by_line[probe.problem.path, probe.problem.line].probability[
-                    len(probe.problem.prompt_ids) - 1 + probe.cut
+                    len(probe.problem.prompt_ids) - 1 + probe.onset
                 ]
             )
             for probe in probes

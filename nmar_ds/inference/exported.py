@@ -17,6 +17,7 @@ from nmar_ds.errors import ConfigError, VocabularyError
 from nmar_ds.files import EXPORT_SETTINGS
 from nmar_ds.traces.chat import ChatTemplate
 from nmar_ds.traces.encoding import Tokenizer, load_tokenizer
+from nmar_ds.traces.reduction import SEMANTICS, Machine
 
 FORMAT_VERSION = 1
 TOKENIZER_FOLDER = "nmar_tokenizer"
@@ -28,8 +29,9 @@ class ExportSettings:
 
     Attributes:
         undo_id: id of the undo token; `undo_token` is its text.
-        semantics: `undo.semantics`; the decoder knows `token`.
+        semantics: `undo.semantics`: what one undo takes back.
         context: what the model was trained to see; the decoder knows `linear`.
+        boundary_ids: ids at which an undo stops, under semantics `span`; sorted.
         eos_id: stop token. bos_id, pad_id: None where the model has none.
         tokenizer_fingerprint: of the tokenizer the model was trained with.
         chat: the chat template put around prompts in training (`ChatTemplate.facts`), or None.
@@ -38,6 +40,7 @@ class ExportSettings:
     undo_id: int
     undo_token: str
     semantics: str
+    boundary_ids: tuple[int, ...] = ()
     context: str
     eos_id: int
     bos_id: int | None
@@ -45,9 +48,22 @@ class ExportSettings:
     tokenizer_fingerprint: str
     chat: dict[str, Any] | None = None
 
+    @property
+    def machine(self) -> Machine:
+        """What one undo pops."""
+        return Machine(self.undo_id, self.semantics, frozenset(self.boundary_ids))
+
 
 def _is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_ids(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and all(_is_id(item) for item in value)
+        and value == sorted(set(value))
+    )
 
 
 def _is_text(value: Any) -> bool:
@@ -57,7 +73,8 @@ def _is_text(value: Any) -> bool:
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "undo_id": (_is_id, "a token id"),
     "undo_token": (_is_text, "a string"),
-    "semantics": (lambda value: value == "token", "'token', the only one decoding is built for"),
+    "semantics": (lambda value: value in SEMANTICS, f"one of {', '.join(SEMANTICS)}"),
+    "boundary_ids": (_is_ids, "a list of token ids, ascending"),
     "context": (lambda value: value == "linear", "'linear', the only one decoding is built for"),
     "eos_id": (_is_id, "a token id"),
     "bos_id": (lambda value: value is None or _is_id(value), "a token id or null"),
@@ -97,6 +114,7 @@ def read_settings(folder: Path) -> ExportSettings:
     version = values.get("format_version")
     if version != FORMAT_VERSION:
         raise ConfigError(f"{path}: format_version: {version!r}, expected {FORMAT_VERSION}")
+    values.setdefault("boundary_ids", [])  # folders from before there were any
     for name, (fits, expected) in _FIELDS.items():
         if name not in values:
             raise ConfigError(f"{path}: {name}: missing, expected {expected}")
@@ -105,6 +123,12 @@ def read_settings(folder: Path) -> ExportSettings:
     chat = values.get("chat")  # absent where no template was used
     if not _is_chat(chat):
         raise ConfigError(f"{path}: chat: {chat!r}, expected system and template_sha256, or null")
+    if bool(values["boundary_ids"]) != (values["semantics"] == "span"):
+        raise ConfigError(
+            f"{path}: boundary_ids: {len(values['boundary_ids'])} under semantics "
+            f"{values['semantics']!r}, expected some under 'span' and none under the others"
+        )
+    values["boundary_ids"] = tuple(values["boundary_ids"])
     return ExportSettings(**{name: values[name] for name in _FIELDS}, chat=chat)
 
 
@@ -125,6 +149,12 @@ def load_exported_tokenizer(folder: Path, settings: ExportSettings) -> Tokenizer
             f"{folder / EXPORT_SETTINGS}: undo_id: {settings.undo_id}, expected "
             f"{tokenizer.undo_id} as in the tokenizer"
         )
+    for token in settings.boundary_ids:
+        if token >= tokenizer.size or tokenizer.is_special[token]:
+            raise VocabularyError(
+                f"{folder / EXPORT_SETTINGS}: boundary_ids: {token}, expected ordinary ids of the "
+                "tokenizer"
+            )
     return tokenizer
 
 

@@ -87,7 +87,7 @@ def generate(
     decoded = decode(
         model,
         [prompt_ids],
-        undo_id=settings.undo_id,
+        machine=settings.machine,
         eos_id=settings.eos_id,
         pad_id=settings.pad_id,
         max_new_tokens=max_new_tokens,
@@ -96,12 +96,10 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
-        semantics=settings.semantics,
     )[0]
-    machine: dict[str, Any] = {"undo_id": settings.undo_id, "semantics": settings.semantics}
     return Generated(
         decoded=decoded,
-        runs=list(runs(tokenizer, prompt_ids, decoded.raw_ids, **machine)),
+        runs=list(runs(tokenizer, prompt_ids, decoded.raw_ids, settings.machine)),
         reduced=response_text(tokenizer, prompt_ids, decoded.reduced_ids),
         undo_token=settings.undo_token,
     )

@@ -3,6 +3,9 @@
 All functions take the *response* alone (no prompt), so that the stack machine's base is index 0.
 A token is *right* if, at the moment it was written, the stack up to and including it was the
 beginning of the unique reference; everything else, from the first mismatch on, is *wrong*.
+
+Under `span` and `reset` an undo cannot stop at the first wrong token: right tokens have to go with
+it. Those are no fault of the model and count neither for nor against it.
 """
 
 # R tokens of a raw response, undone tokens and undos among them
@@ -12,12 +15,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from nmar_ds.traces.reduction import depths, survivors
+from nmar_ds.traces.reduction import Machine, depths, num_undos
 from nmar_ds.traces.schema import IdArray
 
 Z_95 = 1.959963984540054  # two-sided 95 % point of the normal distribution
@@ -89,45 +91,56 @@ class Pops:
     """What the undos of one response took away, judged against its unique reference.
 
     Attributes:
-        popped_right: right tokens that were popped.
+        popped_right: right tokens popped that did not have to be: by an undo that found nothing
+            wrong on the stack. This is the false undo.
+        popped_along: right tokens popped together with a wrong one above them, by one undo, which
+            could not have stopped earlier; always 0 under `token`.
         popped_wrong: wrong tokens that were popped.
         num_wrong: wrong tokens written, popped or not.
     """
 
     popped_right: int
+    popped_along: int
     popped_wrong: int
     num_wrong: int
 
 
-def judge_pops(raw_ids: IdArray, reference_ids: IdArray, *, undo_id: int, **machine: Any) -> Pops:
+def judge_pops(raw_ids: IdArray, reference_ids: IdArray, machine: Machine) -> Pops:
     """Count right and wrong tokens popped; sums give undo precision and recall.
+
+    Precision is `popped_wrong / (popped_wrong + popped_right)`: what had to go along is in neither.
+    Whenever something wrong is on the stack, the undos that take exactly it back end where its
+    deviation starts (`reduction.start_of`), so an undo that pops a wrong token pops no right one
+    needlessly, and one that pops right tokens only does nothing else.
 
     Args:
         raw_ids: int[R] response with its undos.
         reference_ids: int[...] the one right response, stop token included.
-        undo_id: id of `<UNDO>`.
-        **machine: `semantics` and `boundary_ids` of the stack machine.
+        machine: what one undo pops.
     """
     raw_ids = np.asarray(raw_ids)
-    wrong_R = _wrong(raw_ids, reference_ids, undo_id=undo_id, **machine)
-    ordinary_R = raw_ids != undo_id
-    popped_R = ordinary_R & ~survivors(raw_ids, undo_id=undo_id, **machine)
-    return Pops(
-        popped_right=int((popped_R & ~wrong_R).sum()),
-        popped_wrong=int((popped_R & wrong_R).sum()),
-        num_wrong=int((ordinary_R & wrong_R).sum()),
-    )
+    wrong_R = _wrong(raw_ids, reference_ids, machine)
+    counts = {"popped_right": 0, "popped_along": 0, "popped_wrong": 0}
+    stack: list[bool] = []  # of each token on the stack: whether it is wrong
+    heights = depths(raw_ids, machine).tolist()
+    for token, height, is_wrong in zip(raw_ids.tolist(), heights, wrong_R.tolist(), strict=True):
+        if token != machine.undo_id:
+            stack.append(is_wrong)
+            continue
+        popped = stack[height:]
+        del stack[height:]
+        counts["popped_wrong"] += sum(popped)
+        counts["popped_along" if any(popped) else "popped_right"] += len(popped) - sum(popped)
+    return Pops(**counts, num_wrong=int(wrong_R.sum()))
 
 
-def _wrong(
-    raw_ids: IdArray, reference_ids: IdArray, *, undo_id: int, **machine: Any
-) -> npt.NDArray[np.bool_]:
+def _wrong(raw_ids: IdArray, reference_ids: IdArray, machine: Machine) -> npt.NDArray[np.bool_]:
     """bool[R]: an ordinary token at or after a mismatch with the reference. Undos are False."""
-    heights_R = depths(raw_ids, undo_id=undo_id, **machine).tolist()
+    heights_R = depths(raw_ids, machine).tolist()
     wrong_R = np.zeros(len(raw_ids), np.bool_)
     right_to = [True]  # right_to[d]: the lowest d tokens of the present stack begin the reference
     for index, (token, height) in enumerate(zip(raw_ids.tolist(), heights_R, strict=True)):
-        if token == undo_id:
+        if token == machine.undo_id:
             continue
         place = height - 1
         fits = place < len(reference_ids) and token == int(reference_ids[place])
@@ -137,9 +150,9 @@ def _wrong(
     return wrong_R
 
 
-def first_wrong(raw_ids: IdArray, reference_ids: IdArray, *, undo_id: int) -> int | None:
+def first_wrong(raw_ids: IdArray, reference_ids: IdArray, machine: Machine) -> int | None:
     """Index of the first wrong token of a response, None if all it wrote was right."""
-    wrong = np.flatnonzero(_wrong(np.asarray(raw_ids), reference_ids, undo_id=undo_id))
+    wrong = np.flatnonzero(_wrong(np.asarray(raw_ids), reference_ids, machine))
     return int(wrong[0]) if len(wrong) else None
 
 
@@ -170,8 +183,10 @@ class Recovery:
     Attributes:
         undone: the very first emitted token is an undo.
         exact: the emitted text opens with the right number of undos and no more.
-        over: it opens with more, so that right tokens were popped (or the prompt was hit).
-        parroted: after its opening undos it writes the deviation again; None without an undo.
+        over: it opens with more, so that right tokens were popped that did not have to be, or the
+            base was hit.
+        parroted: after its opening undos it writes the deviation again, as it was written: under
+            `span` and `reset` with the right tokens at its head. None without an undo.
     """
 
     undone: bool
@@ -180,18 +195,16 @@ class Recovery:
     parroted: bool | None
 
 
-def judge_recovery(
-    emitted_ids: IdArray, deviation_ids: IdArray, *, num_expected: int, undo_id: int
-) -> Recovery:
+def judge_recovery(emitted_ids: IdArray, deviation_ids: IdArray, machine: Machine) -> Recovery:
     """Judge what a model emits right after a deviation that was forced on it.
 
     Args:
         emitted_ids: what the model wrote after the deviation.
-        deviation_ids: the forced wrong span.
-        num_expected: undos that take it back whole (`reduction.num_undos`).
-        undo_id: id of `<UNDO>`.
+        deviation_ids: the forced span, from where undos can come back to.
+        machine: gives the number of undos that take it back whole: under `reset` 1.
     """
-    run = leading_undos(emitted_ids, undo_id)
+    num_expected = num_undos(deviation_ids, machine)
+    run = leading_undos(emitted_ids, machine.undo_id)
     retry = np.asarray(emitted_ids)[run : run + len(deviation_ids)]
     return Recovery(
         undone=run > 0,
@@ -201,25 +214,29 @@ def judge_recovery(
     )
 
 
-def num_revisits(raw_ids: IdArray, *, undo_id: int, **machine: Any) -> int:
-    """How often writing a token led to a stack content the response had already been at.
+def num_revisits(raw_ids: IdArray, machine: Machine) -> int:
+    """How often writing a token led back to a stack content that an undo had once left.
 
-    With strictly greedy, memoryless decoding one revisit would be a loop for ever; a model that
-    sees its undone tokens can get out, so this is a count.
+    Under `token` that is any content the response had been at before. Under `span` and `reset` a
+    correction writes the right head of its deviation again: contents that it had merely passed
+    through, and going through them once more is no loop. With strictly greedy, memoryless decoding
+    one revisit would be a loop for ever; a model that sees its undone tokens can get out, so this
+    is a count.
     """
     raw_ids = np.asarray(raw_ids)
-    heights = depths(raw_ids, undo_id=undo_id, **machine).tolist()
+    heights = depths(raw_ids, machine).tolist()
     children: dict[tuple[int, int], int] = {}  # a trie of all contents: (node, token) -> node
     path = [0]  # node of every height of the present stack
+    left: set[int] = set()  # nodes at which an undo struck
     revisits = 0
     for token, height in zip(raw_ids.tolist(), heights, strict=True):
-        if token == undo_id:
+        if token == machine.undo_id:
+            left.add(path[-1])
+            del path[height + 1 :]
             continue
-        edge = (path[height - 1], token)
-        revisits += edge in children
-        node = children.setdefault(edge, len(children) + 1)
-        del path[height:]
+        node = children.setdefault((path[-1], token), len(children) + 1)
         path.append(node)
+        revisits += node in left
     return revisits
 
 

@@ -1,8 +1,9 @@
 """What a model is examined on: held-out problems, and deviations forced upon it.
 
 A probe is a problem whose response was begun rightly and then went wrong: a random clean prefix
-of the reference, then a plausible wrong value, built by the same function as the `hard`
-deviations of training (`traces.builders`), so that there is one definition of "plausible".
+of the reference, then a plausible wrong value, built by the same functions as the `hard`
+deviations of training (`traces.builders`), so that there is one definition of "plausible", and of
+where a deviation starts under the model's semantics.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import numpy as np
 
 from nmar_ds.errors import ConfigError, TraceError
 from nmar_ds.traces.assembly import Turn
-from nmar_ds.traces.builders import Pool, encode_record, hard
+from nmar_ds.traces.builders import Pool, encode_record, hard, move_starts
 from nmar_ds.traces.chat import ChatTemplate
 from nmar_ds.traces.encoding import Tokenizer
 from nmar_ds.traces.records import Record, read_records
+from nmar_ds.traces.reduction import Machine
 from nmar_ds.traces.schema import IdArray
 
 
@@ -45,16 +47,25 @@ class Problem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """A problem with a deviation after `cut` right reference tokens."""
+    """A problem with a deviation.
+
+    Attributes:
+        problem: whose reference it departs from.
+        start: number of right tokens before the deviation: where the right undos come back to.
+        deviation_ids: int32[k]; under `span` and `reset` it begins with right tokens that have
+            to go with the wrong ones.
+        onset: index in the response of its first wrong token; `start` or later.
+    """
 
     problem: Problem
-    cut: int
+    start: int
     deviation_ids: IdArray
+    onset: int
 
     @property
     def forced_ids(self) -> IdArray:
-        """int32[cut + k]: the response as it is forced on the model."""
-        prefix = self.problem.reference_ids[: self.cut]
+        """int32[start + k]: the response as it is forced on the model."""
+        prefix = self.problem.reference_ids[: self.start]
         return np.concatenate([prefix, self.deviation_ids]).astype(np.int32)
 
 
@@ -134,6 +145,7 @@ def make_probes(
     family: Sequence[Problem],
     tokenizer: Tokenizer,
     *,
+    machine: Machine,
     name: str,
     seed: int,
     max_length: int,
@@ -144,9 +156,10 @@ def make_probes(
         problems: to be probed.
         family: every held-out problem of the family: wrong values are slices of their references.
         tokenizer: for the classes of pieces.
+        machine: what one undo of the model pops.
         name: of the family.
         seed: with the family and the record's place it fixes a probe.
-        max_length: deviations have 1 to this many tokens, uniformly.
+        max_length: deviations have 1 to this many wrong tokens, uniformly.
 
     Returns:
         The probes; fewer than the problems where a family offers no plausible wrong value.
@@ -170,8 +183,13 @@ def make_probes(
             max_deviation_length=max_length,
         )
         probes += [
-            Probe(problem=problem, cut=found.cut, deviation_ids=found.ids)
-            for found in built.turns[0].deviations
+            Probe(
+                problem=problem,
+                start=found.cut,
+                deviation_ids=found.ids,
+                onset=found.cut + found.onset,
+            )
+            for found in move_starts(built.turns[0], machine).deviations
         ]
     return probes
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from rich.text import Text
 
 from nmar_ds.traces.encoding import Tokenizer
-from nmar_ds.traces.reduction import survivors
+from nmar_ds.traces.reduction import Machine, survivors
 from nmar_ds.traces.schema import IdArray
 
 Kind = Literal["kept", "undone", "undo"]
@@ -54,10 +54,9 @@ def runs(
     tokenizer: Tokenizer,
     prompt_ids: IdArray,
     raw_ids: IdArray,
+    machine: Machine,
     *,
-    undo_id: int,
     num_forced: int = 0,
-    **machine: Any,
 ) -> Iterator[Run]:
     """Split a raw response into runs of tokens that were kept, undone, or undos.
 
@@ -65,14 +64,13 @@ def runs(
         tokenizer: of the model.
         prompt_ids: what the response follows.
         raw_ids: int32[R].
-        undo_id: id of `<UNDO>`.
+        machine: what one undo pops.
         num_forced: leading ids of `raw_ids` that were given.
-        **machine: `semantics` and `boundary_ids` of the stack machine.
     """
     if len(raw_ids) == 0:
         return
-    is_undo = raw_ids == undo_id
-    kept = survivors(raw_ids, undo_id=undo_id, **machine)
+    is_undo = raw_ids == machine.undo_id
+    kept = survivors(raw_ids, machine)
     fate = np.where(is_undo, 2, np.where(kept, 0, 1))
     forced = np.arange(len(raw_ids)) < num_forced
     cuts = [0, *(np.flatnonzero(np.diff(fate * 2 + forced)) + 1).tolist(), len(raw_ids)]

@@ -119,9 +119,8 @@ def _runs(sample: Sample, tokenizer: Tokenizer, settings: ExportSettings) -> Any
         tokenizer,
         sample.problem.prompt_ids,
         decoded.raw_ids,
-        undo_id=settings.undo_id,
+        settings.machine,
         num_forced=decoded.num_forced,
-        semantics=settings.semantics,
     )
 
 

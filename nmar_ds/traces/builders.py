@@ -3,7 +3,8 @@
 `random` draws uniform vocabulary tokens: the weakest errors, nobody's favourites. `hard` copies
 a stretch of another record's reference of the same group, so that a deviation is a plausible wrong
 value; its first piece has the class of the correct one, or a model could tell the deviation by
-its first piece alone (SPEC 2.5). Both are deterministic in (seed, source, line, copy).
+its first piece alone (SPEC 2.5). Both are deterministic in (seed, source, line, copy) and know no
+semantics: `assembly.move_starts` moves what they draw to where undos can stop.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ import numpy as np
 import numpy.typing as npt
 
 from nmar_ds.errors import VocabularyError
-from nmar_ds.traces.assembly import Deviation, Turn, assemble, check, said_by
+from nmar_ds.traces.assembly import Deviation, Turn, assemble, check, move_starts, said_by
 from nmar_ds.traces.encoding import PIECE_CLASSES, Tokenizer
 from nmar_ds.traces.schema import IdArray
 from nmar_ds.traces.turns import Encoded, encode_record, trace_of_ids
 
 __all__ = [
     "Built", "Deviation", "Encoded", "Pool", "Turn", "assemble", "check", "encode_record", "hard",
-    "random", "rng_of", "said_by", "trace_of_ids",
+    "move_starts", "random", "rng_of", "said_by", "trace_of_ids",
 ]  # fmt: skip
 
 REPEAT_SHARE = 0.1  # of the deviations after the first: a repeated error at the same place

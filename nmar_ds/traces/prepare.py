@@ -15,10 +15,12 @@ from nmar_ds.data.store import write_store
 from nmar_ds.errors import ConfigError, TraceError
 from nmar_ds.files import sha256_file
 from nmar_ds.traces import builders
-from nmar_ds.traces.assembly import assemble, check, require_token_semantics, said_by
+from nmar_ds.traces.assembly import assemble, check, move_starts, said_by
+from nmar_ds.traces.boundaries import machine_of
 from nmar_ds.traces.chat import ChatTemplate
 from nmar_ds.traces.encoding import UNDO_TOKEN, Tokenizer
 from nmar_ds.traces.records import Record, read_records
+from nmar_ds.traces.reduction import Machine
 from nmar_ds.traces.schema import Trace
 from nmar_ds.traces.turns import encode_record, trace_of_ids
 
@@ -31,6 +33,7 @@ class _Job:
     """Settings and running counts of one preparation."""
 
     tokenizer: Tokenizer
+    machine: Machine
     builder: BuilderName
     traces_per_record: int
     clean_share: float
@@ -39,14 +42,13 @@ class _Job:
     max_length: int
     overlong: Literal["error", "drop"]
     refused: Literal["error", "drop"]
-    semantics: str
     seed: int
     progress: Callable[[int], None] | None
     pool: builders.Pool
     chat: ChatTemplate | None
     counts: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(
-            ("read", "refused", "built", "dropped", "snaps", "without_donor"), 0
+            ("read", "refused", "built", "dropped", "snaps", "moved_tokens", "without_donor"), 0
         )
     )
     dropped: list[dict[str, Any]] = field(default_factory=list)
@@ -68,6 +70,7 @@ def prepare_store(
     refused: Literal["error", "drop"] = "error",
     seed: int = 0,
     semantics: str = "token",
+    boundaries: Sequence[str] = (),
     context: str = "linear",
     undo_token: str = UNDO_TOKEN,
     chat: ChatTemplate | None = None,
@@ -85,11 +88,12 @@ def prepare_store(
         traces_per_record: copies, each with deviations of its own; 1 for `given`.
         clean_share: probability of a trace without deviations; `given` takes no notice of it.
         max_deviations: a trace that is not clean gets 1 to this many.
-        max_deviation_length: in tokens; lengths are 1 to this.
+        max_deviation_length: in tokens; lengths are 1 to this, before right tokens are moved in.
         overlong: raise on a longer trace, or drop it, counted and listed in `dropped.jsonl`.
         refused: raise on a bad record, or leave it out, counted and listed in `refused.jsonl`.
         seed: of the builders.
-        semantics: what one undo pops; "token".
+        semantics: what one undo pops: "token", "span" or "reset".
+        boundaries: texts at which a `span` undo stops; empty under the others.
         context: what a token may see; "linear".
         undo_token: has to be the tokenizer's.
         chat: put around the prompts of text records; records of ids are taken as they are.
@@ -97,14 +101,14 @@ def prepare_store(
 
     Returns:
         The manifest. Its counts: read = refused + used records, built = used records x
-        traces_per_record, built = stored + dropped.
+        traces_per_record, built = stored + dropped; moved_tokens are right tokens that became
+        heads of deviations (0 under `token`).
 
     Raises:
         TraceError: a bad record or trace.
         ConfigError: settings that contradict each other or are not built.
         StoreError: the destination cannot be written.
     """
-    require_token_semantics(semantics)
     _require_settings(
         builder=builder, traces_per_record=traces_per_record, clean_share=clean_share,
         max_deviations=max_deviations, max_deviation_length=max_deviation_length,
@@ -112,13 +116,14 @@ def prepare_store(
     )  # fmt: skip
     if tokenizer.undo_token != undo_token:
         raise ConfigError(f"undo.token: {undo_token!r}, expected {tokenizer.undo_token!r}")
+    machine = machine_of(tokenizer, semantics, boundaries)
     paths = [Path(source) for source in sources]
     described = [{"path": str(path), "sha256": _sha256(path)} for path in paths]
     job = _Job(
-        tokenizer=tokenizer, builder=builder, traces_per_record=traces_per_record,
-        clean_share=clean_share, max_deviations=max_deviations,
-        max_deviation_length=max_deviation_length, max_length=max_length, overlong=overlong,
-        refused=refused, semantics=semantics, seed=seed, progress=progress,
+        tokenizer=tokenizer, machine=machine, builder=builder,
+        traces_per_record=traces_per_record, clean_share=clean_share,
+        max_deviations=max_deviations, max_deviation_length=max_deviation_length,
+        max_length=max_length, overlong=overlong, refused=refused, seed=seed, progress=progress,
         pool=builders.Pool(tokenizer), chat=chat,
     )  # fmt: skip
     if builder == "hard":
@@ -130,9 +135,9 @@ def prepare_store(
         "chat": None if chat is None else chat.facts,
     }  # fmt: skip
     manifest = write_store(
-        destination, _traces(paths, job), tokenizer=tokenizer, semantics=semantics,
-        context=context, sources=described, builder=settings, seed=seed, counts=job.counts,
-        notes={"dropped": job.dropped, "refused": job.refusals},
+        destination, _traces(paths, job), tokenizer=tokenizer, machine=machine,
+        boundaries=boundaries, context=context, sources=described, builder=settings, seed=seed,
+        counts=job.counts, notes={"dropped": job.dropped, "refused": job.refusals},
     )  # fmt: skip
     counts = manifest["counts"]
     used = counts["read"] - counts["refused"]
@@ -176,20 +181,23 @@ def _build(record: Record, source: int, job: _Job) -> Iterator[Trace]:
         raise TraceError(record.path, record.line, field, problem, expected)
     if record.segments:
         trace = trace_of_ids(record, source=source)
-        check(trace, tokenizer=tokenizer, path=record.path, semantics=job.semantics)
+        check(trace, tokenizer=tokenizer, machine=job.machine, path=record.path)
         yield trace
         return
     encoded = encode_record(record, tokenizer, job.chat)
     said = said_by(encoded.turns)
     job.counts["snaps"] += encoded.num_snaps
     for copy in range(job.traces_per_record):
-        turns = _deviating(encoded.turns, record, source, copy, job)
-        trace = assemble(
-            turns, undo_id=tokenizer.undo_id, semantics=job.semantics, line=record.line,
-            source=source,
-        )  # fmt: skip
-        check(trace, tokenizer=tokenizer, path=record.path, said=said, semantics=job.semantics)
+        drawn = _deviating(encoded.turns, record, source, copy, job)
+        turns = [move_starts(turn, job.machine) for turn in drawn]
+        job.counts["moved_tokens"] += _num_wrong(turns) - _num_wrong(drawn)
+        trace = assemble(turns, machine=job.machine, line=record.line, source=source)
+        check(trace, tokenizer=tokenizer, machine=job.machine, path=record.path, said=said)
         yield trace
+
+
+def _num_wrong(turns: Sequence[builders.Turn]) -> int:
+    return sum(len(deviation.ids) for turn in turns for deviation in turn.deviations)
 
 
 def _deviating(

@@ -8,7 +8,8 @@ Backtracking for safety (2409.14586). Cost: O(T) for T tokens, since each is pop
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -21,6 +22,35 @@ from nmar_ds.traces.schema import IdArray, Role, RoleArray
 # T tokens in a trace
 
 SEMANTICS = ("token", "span", "reset")
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The rules of the stack machine: what one undo pops (the table of SPEC section 2).
+
+    Attributes:
+        undo_id: the id of `<UNDO>`.
+        semantics: "token", "span" or "reset".
+        boundary_ids: ids at which a `span` undo stops, and which stay; empty under the others.
+
+    Raises:
+        ConfigError: unknown semantics, `span` without boundaries, or boundaries without `span`.
+    """
+
+    undo_id: int
+    semantics: str = "token"
+    boundary_ids: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.semantics not in SEMANTICS:
+            raise ConfigError(
+                f"undo.semantics: {self.semantics!r}, expected one of {', '.join(SEMANTICS)}"
+            )
+        if bool(self.boundary_ids) != (self.semantics == "span"):
+            raise ConfigError(
+                f"undo.boundaries: {len(self.boundary_ids)} boundary ids under semantics "
+                f"{self.semantics!r}, expected some under 'span' and none under the others"
+            )
 
 
 class Walk(NamedTuple):
@@ -37,16 +67,9 @@ class Walk(NamedTuple):
     num_strays: int
 
 
-def walk(
-    ids: Sequence[int] | IdArray,
-    *,
-    undo_id: int,
-    bases: Iterable[int] = (),
-    semantics: str = "token",
-    boundary_ids: Collection[int] = (),
-) -> Walk:
+def walk(ids: Sequence[int] | IdArray, machine: Machine, bases: Iterable[int] = ()) -> Walk:
     """Run the machine; arguments as for `reduce`."""
-    _require_semantics(semantics)
+    undo_id, semantics, boundary_ids = machine.undo_id, machine.semantics, machine.boundary_ids
     tokens: list[int] = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
     stack: list[int] = []
     heights: list[int] = []
@@ -70,100 +93,75 @@ def walk(
     return Walk(stack, heights, num_strays)
 
 
-def reduce(
-    ids: Sequence[int] | IdArray,
-    *,
-    undo_id: int,
-    bases: Iterable[int] = (),
-    semantics: str = "token",
-    boundary_ids: Collection[int] = (),
-) -> IdArray:
+def reduce(ids: Sequence[int] | IdArray, machine: Machine, bases: Iterable[int] = ()) -> IdArray:
     """Carry out the undos.
 
     Args:
         ids: int[T] token ids.
-        undo_id: the id of `<UNDO>`.
+        machine: what one undo pops.
         bases: indices into `ids`; before `ids[i]` is read the present stack height becomes the
             base, below which nothing is popped. They are the ends of the prompt segments.
-        semantics: "token", "span" or "reset".
-        boundary_ids: ids at which a `span` undo stops; they stay.
 
     Returns:
         int32[<= T], the ids left on the stack.
     """
-    kept = walk(
-        ids, undo_id=undo_id, bases=bases, semantics=semantics, boundary_ids=boundary_ids
-    ).kept
-    return np.asarray(ids, dtype=np.int32)[kept]
+    return np.asarray(ids, dtype=np.int32)[walk(ids, machine, bases).kept]
 
 
-def depths(
-    ids: Sequence[int] | IdArray,
-    *,
-    undo_id: int,
-    bases: Iterable[int] = (),
-    semantics: str = "token",
-    boundary_ids: Collection[int] = (),
-) -> IdArray:
+def depths(ids: Sequence[int] | IdArray, machine: Machine, bases: Iterable[int] = ()) -> IdArray:
     """Return int32[T], the stack height after each token."""
-    heights = walk(
-        ids, undo_id=undo_id, bases=bases, semantics=semantics, boundary_ids=boundary_ids
-    ).heights
-    return np.array(heights, dtype=np.int32)
+    return np.array(walk(ids, machine, bases).heights, dtype=np.int32)
 
 
 def survivors(
-    ids: Sequence[int] | IdArray,
-    *,
-    undo_id: int,
-    bases: Iterable[int] = (),
-    semantics: str = "token",
-    boundary_ids: Collection[int] = (),
+    ids: Sequence[int] | IdArray, machine: Machine, bases: Iterable[int] = ()
 ) -> npt.NDArray[np.bool_]:
     """Return bool[T]: true for ordinary tokens that no undo popped, false for every undo."""
-    kept = walk(
-        ids, undo_id=undo_id, bases=bases, semantics=semantics, boundary_ids=boundary_ids
-    ).kept
     survives = np.zeros(len(ids), dtype=np.bool_)
-    survives[kept] = True
+    survives[walk(ids, machine, bases).kept] = True
     return survives
 
 
-def strays(
-    ids: Sequence[int] | IdArray,
-    *,
-    undo_id: int,
-    bases: Iterable[int] = (),
-    semantics: str = "token",
-    boundary_ids: Collection[int] = (),
-) -> int:
+def strays(ids: Sequence[int] | IdArray, machine: Machine, bases: Iterable[int] = ()) -> int:
     """Count the undos that found nothing to pop: no-ops in decoding, errors in stored data."""
-    return walk(
-        ids, undo_id=undo_id, bases=bases, semantics=semantics, boundary_ids=boundary_ids
-    ).num_strays
+    return walk(ids, machine, bases).num_strays
 
 
-def num_undos(
-    deviation_ids: Sequence[int] | IdArray,
-    *,
-    semantics: str = "token",
-    boundary_ids: Collection[int] = (),
-) -> int:
+def num_undos(deviation_ids: Sequence[int] | IdArray, machine: Machine) -> int:
     """Derive how many undos take a deviation back whole (the table of SPEC section 2).
 
     Args:
         deviation_ids: int[n], n >= 1, ordinary tokens. Under `span` it starts at base or right
             after a boundary, under `reset` at base.
-        semantics: "token", "span" or "reset".
-        boundary_ids: ids at which a `span` undo stops.
+        machine: what one undo pops.
     """
-    _require_semantics(semantics)
     assert len(deviation_ids) > 0, "a deviation has at least one token"
-    if semantics == "token":
+    if machine.semantics == "token":
         return len(deviation_ids)
-    if semantics == "reset":
+    if machine.semantics == "reset":
         return 1
-    return 1 + sum(int(token) in boundary_ids for token in deviation_ids[:-1])
+    return 1 + sum(int(token) in machine.boundary_ids for token in deviation_ids[:-1])
+
+
+def start_of(reference_ids: IdArray, cut: int, machine: Machine) -> int:
+    """Where a deviation after `cut` right tokens has to start, so that undos take back it alone.
+
+    Args:
+        reference_ids: int[m] the right tokens above the base; at `cut` the stack holds the first
+            `cut` of them, whatever was undone before.
+        cut: 0 to m.
+        machine: what one undo pops.
+
+    Returns:
+        0 to `cut`: under `token` the cut itself, under `span` the nearest place left of it that
+        follows a boundary or is the base, under `reset` the base.
+    """
+    if machine.semantics == "reset":
+        return 0
+    if machine.semantics == "span":
+        while cut > 0 and int(reference_ids[cut - 1]) not in machine.boundary_ids:
+            cut -= 1
+    return cut
 
 
 def bases_of(roles: RoleArray) -> list[int]:
@@ -175,8 +173,3 @@ def bases_of(roles: RoleArray) -> list[int]:
     prompt = roles == Role.PROMPT
     ends = (np.flatnonzero(prompt[:-1] & ~prompt[1:]) + 1).tolist()
     return [*ends, len(roles)] if len(roles) and prompt[-1] else ends
-
-
-def _require_semantics(semantics: str) -> None:
-    if semantics not in SEMANTICS:
-        raise ConfigError(f"undo.semantics: {semantics!r}, expected one of {', '.join(SEMANTICS)}")

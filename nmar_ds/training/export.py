@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nmar_ds.config import load_config
+from nmar_ds.data.store import boundary_ids_of
 from nmar_ds.errors import CheckpointError, ConfigError, VocabularyError
 from nmar_ds.files import EXPORT_SETTINGS
 from nmar_ds.inference.exported import FORMAT_VERSION, TOKENIZER_FOLDER
@@ -152,6 +153,7 @@ def _write_tokenizer(
         "undo_id": tokenizer.undo_id,
         "undo_token": facts["undo_token"],
         "semantics": facts["semantics"],
+        "boundary_ids": boundary_ids_of(facts),
         "context": facts["context"],
         "eos_id": tokenizer.eos_id,
         "bos_id": tokenizer.bos_id,

@@ -1,12 +1,13 @@
 """Held-out losses per role, and the two numbers that show what masking does.
 
-`log p(e|p)` per token says how willing the model is to err; P(`<UNDO>`) at its first place says
-whether it notices an error that is forced on it (SPEC sections 4 and 7).
+`log p(e|p)` per wrong token says how willing the model is to err; P(`<UNDO>`) at its first place
+says whether it notices an error that is forced on it (SPEC sections 4 and 7).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,32 +15,60 @@ import numpy.typing as npt
 import torch
 
 from nmar_ds.data.loader import FILLER_ROW, Batch, RowLoader
-from nmar_ds.traces.schema import NO_ROLE, NUM_ROLES, Role
+from nmar_ds.traces.schema import NO_ROLE, NUM_ROLES, IdArray, Role
+
+NUM_TOTALS = 2 * NUM_ROLES + 4
+Onsets = Callable[[int], IdArray]
 
 
-def batch_sums(batch: Batch, nll_N: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def batch_sums(
+    batch: Batch, nll_N: npt.NDArray[np.float64], onsets: Onsets
+) -> npt.NDArray[np.float64]:
     """Sums and counts of one batch, to be added up over batches and ranks.
 
     Args:
         batch: packed held-out traces.
         nll_N: float64[N], -log p of each target.
+        onsets: trace -> int32[deviations], the index in it of each one's first wrong token.
 
     Returns:
-        float64[2 * NUM_ROLES + 2]: loss sums by role, target counts by role, sum over deviations
-        of P(undo) right after them, number of deviations.
+        float64[NUM_TOTALS]: loss sums by role, target counts by role, loss sum and count of the
+        wrong tokens of deviations, sum over deviations of P(undo) right after them, number of
+        deviations.
     """
-    result = np.zeros(2 * NUM_ROLES + 2)
+    result = np.zeros(NUM_TOTALS)
     has_target = batch.target_roles != NO_ROLE
     for role in Role:
         chosen = batch.target_roles == role
         result[role] = nll_N[chosen].sum()
         result[NUM_ROLES + role] = chosen.sum()
+    wrong = wrong_targets(batch, onsets)
+    result[-4:-2] = nll_N[wrong].sum(), wrong.sum()
     # The first undo of a deviation is the target of the deviation's last token.
     first = has_target & (batch.target_roles == Role.UNDO)
     first &= batch.roles.reshape(-1) == Role.DEVIATION
     result[-2] = np.exp(-nll_N[first]).sum()
     result[-1] = first.sum()
     return result
+
+
+def wrong_targets(batch: Batch, onsets: Onsets) -> npt.NDArray[np.bool_]:
+    """bool[N]: whether the target is a deviation's token from its onset on.
+
+    What stands before the onset is right: moved there by the snapping of a cut, or since undos
+    under `span` and `reset` take it back too. The model's willingness to err begins after it.
+    """
+    wrong_N = np.zeros(batch.targets.size, dtype=np.bool_)
+    roles_N = batch.roles.reshape(-1)
+    for trace, (start, end) in zip(batch.trace_ids, pairwise(batch.cu_seqlens), strict=True):
+        in_deviation = roles_N[start:end] == Role.DEVIATION
+        if trace < 0 or not in_deviation.any():
+            continue
+        opens = in_deviation & ~np.concatenate([[False], in_deviation[:-1]])
+        onset_of = np.asarray(onsets(int(trace)))[np.cumsum(opens) - 1]
+        is_wrong = in_deviation & (np.arange(end - start) >= onset_of)
+        wrong_N[start : end - 1] = is_wrong[1:]  # a trace's first token is nobody's target
+    return wrong_N
 
 
 def as_scalars(totals: npt.NDArray[np.float64]) -> dict[str, float]:
@@ -49,8 +78,8 @@ def as_scalars(totals: npt.NDArray[np.float64]) -> dict[str, float]:
         count = totals[NUM_ROLES + role]
         if count > 0 and role is not Role.PROMPT:
             values[f"heldout/loss_{role.label}"] = float(totals[role] / count)
-    if totals[NUM_ROLES + Role.DEVIATION] > 0:
-        values["heldout/log_p_deviation_per_token"] = -values["heldout/loss_deviation"]
+    if totals[-3] > 0:
+        values["heldout/log_p_deviation_per_token"] = -float(totals[-4] / totals[-3])
     if totals[-1] > 0:
         values["heldout/p_undo_at_first_place"] = float(totals[-2] / totals[-1])
     return values
@@ -61,6 +90,7 @@ def measure(
     loader: RowLoader,
     *,
     num_rows: int,
+    onsets: Onsets,
     arguments: Callable[[Batch], dict[str, Any]],
     reduce: Callable[[torch.Tensor], torch.Tensor],
 ) -> dict[str, float]:
@@ -72,6 +102,7 @@ def measure(
         engine: called as the training step calls it, with mode "nll".
         loader: of the held-out plan.
         num_rows: rows to look at, over all ranks.
+        onsets: of the held-out traces, as for `batch_sums`.
         arguments: batch -> arguments of the forward.
         reduce: sums a tensor over the ranks.
     """
@@ -81,7 +112,7 @@ def measure(
     available = min(num_rows, loader.plan.num_rows)
     # Spread over the plan: its first rows hold the longest traces only.
     rows[:available] = np.arange(available) * loader.plan.num_rows // available
-    totals = np.zeros(2 * NUM_ROLES + 2)
+    totals = np.zeros(NUM_TOTALS)
     engine.train(False)
     with torch.no_grad():
         for mine in rows.reshape(num_batches, loader.world_size, loader.micro_batch_rows)[
@@ -89,7 +120,7 @@ def measure(
         ]:
             batch = loader.batch(mine)
             nll_N = engine(**arguments(batch), mode="nll")
-            totals += batch_sums(batch, nll_N.double().cpu().numpy())
+            totals += batch_sums(batch, nll_N.double().cpu().numpy(), onsets)
     engine.train(True)
     reduced = reduce(torch.from_numpy(totals).to(engine.device))
     return as_scalars(reduced.cpu().numpy())

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from nmar_ds.config import RunConfig
 from nmar_ds.data.packing import Plan, best_fit_decreasing
-from nmar_ds.data.store import Store
+from nmar_ds.data.store import Store, boundary_ids_of
 from nmar_ds.errors import ConfigError, StoreError
 from nmar_ds.model.folder import check_model_folder
 from nmar_ds.model.weighting import role_weights
@@ -109,6 +109,7 @@ def asked_settings(config: RunConfig, part: str) -> dict[str, Any]:
     return {
         "undo.token": config.undo.token,
         "undo.semantics": config.undo.semantics,
+        "undo.boundaries": config.undo.boundaries,
         "context": config.context,
         "seed": config.seed,
         "data.sequence_length": config.data.sequence_length,
@@ -126,6 +127,7 @@ def made_settings(manifest: dict[str, Any]) -> dict[str, Any]:
     return {
         "undo.token": manifest["tokenizer"]["undo_token"],
         "undo.semantics": manifest["semantics"],
+        "undo.boundaries": manifest.get("boundaries", []),
         "context": manifest["context"],
         "seed": manifest["seed"],
         "data.sequence_length": builder["max_length"],
@@ -212,6 +214,8 @@ def _facts(
         "seed": config.seed,
         "context": config.context,
         "undo.semantics": config.undo.semantics,
+        # Only where there are some: runs from before there were any go on.
+        **({"undo.boundary_ids": ids} if (ids := boundary_ids_of(manifest)) else {}),
         "data.sequence_length": config.data.sequence_length,
         "training.global_batch_rows": config.training.global_batch_rows,
         "total_steps": total_steps,

@@ -15,6 +15,7 @@ import yaml
 from nmar_ds import __version__
 from nmar_ds.config import RunConfig, deepspeed_config
 from nmar_ds.data.loader import Batch, RowLoader
+from nmar_ds.data.store import boundary_ids_of
 from nmar_ds.errors import CheckpointError, ConfigError
 from nmar_ds.model.attention import check_supported
 from nmar_ds.model.canary import CanaryReport, run_canary
@@ -165,6 +166,7 @@ def _run(
                 engine,
                 heldout_loader,
                 num_rows=config.training.eval_rows,
+                onsets=plan.heldout.onsets,
                 arguments=arguments,
                 reduce=all_reduce,
             ),
@@ -254,6 +256,7 @@ def _manifest_facts(config: RunConfig, plan: RunPlan, ranks: Ranks, model: Any) 
         "tokenizer": plan.store.manifest["tokenizer"],
         "semantics": config.undo.semantics,
         "chat": plan.store.manifest["builder"].get("chat"),
+        "boundary_ids": boundary_ids_of(plan.store.manifest),
         "context": config.context,
         "undo_token": config.undo.token,
         "dtype": config.model.dtype,

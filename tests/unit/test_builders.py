@@ -16,11 +16,12 @@ from conftest import sums
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nmar_ds.errors import ConfigError, TraceError
+from nmar_ds.errors import TraceError
 from nmar_ds.traces.assembly import Deviation, Turn, assemble, check, said_by
 from nmar_ds.traces.builders import Pool, encode_record, hard, random, rng_of, trace_of_ids
 from nmar_ds.traces.encoding import Tokenizer
 from nmar_ds.traces.records import Record, parse_line
+from nmar_ds.traces.reduction import Machine
 from nmar_ds.traces.schema import Role, Trace
 
 PLAIN = settings(
@@ -35,13 +36,19 @@ def record_of(fields: dict[str, object]) -> Record:
 
 
 def trace_of(turns: Sequence[Turn], tokenizer: Tokenizer) -> Trace:
-    return assemble(turns, undo_id=tokenizer.undo_id, semantics="token", line=3, source=0)
+    return assemble(turns, machine=Machine(tokenizer.undo_id), line=3, source=0)
 
 
 def built(fields: dict[str, object], tokenizer: Tokenizer) -> tuple[Trace, tuple[Turn, ...], int]:
     encoded = encode_record(record_of(fields), tokenizer)
     trace = trace_of(encoded.turns, tokenizer)
-    check(trace, tokenizer=tokenizer, path="r.jsonl", said=said_by(encoded.turns))
+    check(
+        trace,
+        tokenizer=tokenizer,
+        machine=Machine(tokenizer.undo_id),
+        path="r.jsonl",
+        said=said_by(encoded.turns),
+    )
     return trace, encoded.turns, encoded.num_snaps
 
 
@@ -244,13 +251,6 @@ def test_normalising_tokenizers_are_refused(tmp_path: Path) -> None:
         encode_record(record_of({"prompt": "so", "reference": "\uff11"}), tokenizer)
 
 
-def test_other_semantics_name_token(sp_tokenizer: Tokenizer) -> None:
-    turns = encode_record(record_of({"reference": "1"}), sp_tokenizer).turns
-    for semantics in ("span", "reset"):
-        with pytest.raises(ConfigError, match="expected 'token'"):
-            assemble(turns, undo_id=1, semantics=semantics, line=1, source=0)
-
-
 # --- records of ids, and the check itself ---
 
 
@@ -266,7 +266,7 @@ def test_records_of_ids(sp_tokenizer: Tokenizer) -> None:
         ("prompt", [266]), ("deviation", [267]), ("undo", [undo]), ("correction", [268]),
     )  # fmt: skip
     trace = trace_of_ids(record, source=4)
-    check(trace, tokenizer=sp_tokenizer, path="r.jsonl")
+    check(trace, tokenizer=sp_tokenizer, machine=Machine(sp_tokenizer.undo_id), path="r.jsonl")
     assert trace.onsets == (3, 6, 12)  # the first deviation starts with a right token
     assert (trace.line, trace.source, len(trace)) == (3, 4, 15)
     same = ids_record(("deviation", [5, 6]), ("undo", [undo] * 2), ("correction", [5, 6, 7]))
@@ -320,7 +320,9 @@ def test_check_finds_every_broken_invariant(sp_tokenizer: Tokenizer) -> None:
             onsets=onsets, line=5,
         )  # fmt: skip
         with pytest.raises(TraceError) as caught:
-            check(trace, tokenizer=sp_tokenizer, path="r.jsonl")
+            check(
+                trace, tokenizer=sp_tokenizer, machine=Machine(sp_tokenizer.undo_id), path="r.jsonl"
+            )
         assert part in str(caught.value), name
         assert str(caught.value).startswith("r.jsonl:5: "), name
 
@@ -329,10 +331,16 @@ def test_check_compares_with_what_was_to_be_said(sp_tokenizer: Tokenizer) -> Non
     turns = encode_record(record_of({"prompt": "1", "reference": "234"}), sp_tokenizer).turns
     trace = trace_of(turns, sp_tokenizer)
     said = said_by(turns)
-    check(trace, tokenizer=sp_tokenizer, path="r", said=said)
+    check(trace, tokenizer=sp_tokenizer, machine=Machine(sp_tokenizer.undo_id), path="r", said=said)
     for other in (said[:-1], np.append(said, 260), said[::-1].copy()):
         with pytest.raises(TraceError, match="reduces to something else from token"):
-            check(trace, tokenizer=sp_tokenizer, path="r", said=other)
+            check(
+                trace,
+                tokenizer=sp_tokenizer,
+                machine=Machine(sp_tokenizer.undo_id),
+                path="r",
+                said=other,
+            )
 
 
 # --- random and hard ---
@@ -369,7 +377,8 @@ def test_invariants_of_made_traces(builder: str, any_tokenizer: Tokenizer) -> No
     for record in records:
         turns = deviating(builder, record, any_tokenizer, pool)
         trace = trace_of(turns, any_tokenizer)
-        check(trace, tokenizer=any_tokenizer, path="r", said=said_by(turns))
+        machine = Machine(any_tokenizer.undo_id)
+        check(trace, tokenizer=any_tokenizer, machine=machine, path="r", said=said_by(turns))
         assert_invariants(trace, turns, any_tokenizer)
         for turn in turns:
             for cut, ids, onset in turn.deviations:
@@ -561,4 +570,9 @@ def test_hand_made_turns_with_a_special_are_caught(sp_tokenizer: Tokenizer) -> N
     for token in (sp_tokenizer.undo_id, sp_tokenizer.eos_id, sp_tokenizer.bos_id):
         bad = replace(turn, deviations=(Deviation(1, np.array([token], dtype=np.int32), 0),))
         with pytest.raises(TraceError):
-            check(trace_of([bad], sp_tokenizer), tokenizer=sp_tokenizer, path="r")
+            check(
+                trace_of([bad], sp_tokenizer),
+                tokenizer=sp_tokenizer,
+                machine=Machine(sp_tokenizer.undo_id),
+                path="r",
+            )

@@ -23,7 +23,12 @@ FULL: dict[str, Any] = {
         "path": "tok.model",
         "train": {"vocab_size": 64, "model_type": "bpe", "phrases": ["x = "]},
     },
-    "undo": {"token": "<UNDO>", "reserved_token": "<spare>", "semantics": "token"},
+    "undo": {
+        "token": "<UNDO>",
+        "reserved_token": "<spare>",
+        "semantics": "span",
+        "boundaries": ["\n"],
+    },
     "data": {
         "train": ["a.jsonl", "b.jsonl"],
         "heldout": ["c.jsonl"],
@@ -274,8 +279,6 @@ def test_values_out_of_range_are_refused(override: str, named: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("override", "mend"),
     [
-        ("undo.semantics=span", "use token"),
-        ("undo.semantics=reset", "use token"),
         ("context=pruned", "use linear"),
     ],
 )
@@ -284,6 +287,28 @@ def test_what_is_not_built_yet_is_refused_with_the_mend(
 ) -> None:
     text = refusal(write(tmp_path, SMALL), override)
     assert override.partition("=")[0] in text and mend in text
+
+
+@pytest.mark.parametrize(
+    ("undo", "mend"),
+    [
+        ({"semantics": "span"}, 'needs `boundaries`: texts that end a span, such as "\\n"'),
+        ({"semantics": "span", "boundaries": []}, "needs `boundaries`"),
+        ({"semantics": "span", "boundaries": [".", ""]}, "undo.boundaries: holds an empty text"),
+        ({"semantics": "reset", "boundaries": ["."]}, "belong to `span`, `semantics` is `reset`"),
+        ({"boundaries": ["."]}, "belong to `span`, `semantics` is `token`"),
+    ],
+)
+def test_boundaries_go_with_span(undo: dict[str, Any], mend: str, tmp_path: Path) -> None:
+    text = refusal(write(tmp_path, SMALL + yaml.safe_dump({"undo": undo})))
+    assert ": undo" in text and mend in text
+
+
+def test_every_semantics_is_accepted(tmp_path: Path) -> None:
+    for undo in ({"semantics": "reset"}, {"semantics": "span", "boundaries": [".", "\n"]}, {}):
+        section = load_config(write(tmp_path, SMALL + yaml.safe_dump({"undo": undo}))).undo
+        assert section.semantics == undo.get("semantics", "token")
+        assert section.boundaries == undo.get("boundaries", [])
 
 
 def test_overrides_replace_and_create(tmp_path: Path) -> None:

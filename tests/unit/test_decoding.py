@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from nmar_ds.errors import ConfigError, VocabularyError
 from nmar_ds.inference.decoding import Decoded, decode
 from nmar_ds.inference.sampling import sample
+from nmar_ds.traces.reduction import Machine
 
 VOCAB, UNDO, EOS, PAD = 40, 39, 2, 0
 torch.set_num_threads(1)
@@ -58,7 +59,7 @@ def greedy_alone(model: Any, ids: list[int], limit: int, banned: bool = False) -
 
 def run(model: Any, prompts: list[np.ndarray], **changes: Any) -> list[Decoded]:
     settings: dict[str, Any] = {
-        "undo_id": UNDO, "eos_id": EOS, "pad_id": PAD, "max_new_tokens": 24,
+        "machine": Machine(UNDO), "eos_id": EOS, "pad_id": PAD, "max_new_tokens": 24,
     }  # fmt: skip
     return decode(model, prompts, **(settings | changes))
 
@@ -186,6 +187,29 @@ def test_decode_pops_forced_ids_down_to_the_prompt() -> None:
     assert (decoded.num_forced, decoded.num_undos, decoded.num_strays) == (2, 3, 1)
 
 
+def test_decode_carries_out_the_semantics_of_the_machine() -> None:
+    script = [10, 11, 12, 13, 14, UNDO, 15, EOS]
+    for machine, wanted in (
+        (Machine(UNDO), [10, 11, 12, 13, 15, EOS]),
+        (Machine(UNDO, "span", frozenset({11})), [10, 11, 15, EOS]),
+        (Machine(UNDO, "span", frozenset({14})), [15, EOS]),  # the top itself always goes
+        (Machine(UNDO, "reset"), [15, EOS]),
+    ):
+        decoded = play(script, machine=machine)
+        assert decoded.raw_ids.tolist() == script and decoded.num_strays == 0
+        assert decoded.reduced_ids.tolist() == wanted
+
+
+def test_decode_counts_strays_of_any_semantics() -> None:
+    for machine in (Machine(UNDO, "span", frozenset({11})), Machine(UNDO, "reset")):
+        decoded = play(
+            [UNDO, UNDO, 12, UNDO, EOS], machine=machine, forced=[np.array([20, 21], np.int32)]
+        )
+        assert decoded.reduced_ids.tolist() == [EOS]
+        # One undo takes both forced ids, the next finds nothing; 12 is there again to take.
+        assert (decoded.num_undos, decoded.num_strays) == (3, 1)
+
+
 def test_decode_total_limit_bans_the_undo_from_then_on() -> None:
     decoded = play([UNDO, 10, UNDO, 11, UNDO, UNDO, EOS], max_undos=2)
     assert decoded.raw_ids.tolist() == [UNDO, 10, UNDO, 11, 9, 9, EOS]
@@ -275,7 +299,7 @@ def test_decode_drops_finished_sequences_from_the_batch() -> None:
         ({"temperature": float("nan")}, ConfigError, "temperature: nan"),
         ({"top_p": 0.0}, ConfigError, "top_p: 0.0"),
         ({"undo_mode": "Ban"}, ConfigError, "undo_mode: 'Ban'"),
-        ({"undo_id": VOCAB}, VocabularyError, "id 40: beyond the model's vocabulary"),
+        ({"machine": Machine(VOCAB)}, VocabularyError, "id 40: beyond the model's vocabulary"),
     ],
 )
 def test_decode_refuses_settings_in_one_line(

@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,10 +24,18 @@ from nmar_ds.inference.bars import MEASURES, missed, parse_bar
 from nmar_ds.inference.evaluation import Examination, FamilyResult, evaluate
 from nmar_ds.inference.exported import ExportSettings
 from nmar_ds.inference.metrics import Rate
-from nmar_ds.inference.probes import Problem, count_overlap, load_problems, make_probes, select
+from nmar_ds.inference.probes import (
+    Probe,
+    Problem,
+    count_overlap,
+    load_problems,
+    make_probes,
+    select,
+)
 from nmar_ds.inference.scoring import score_undo
+from nmar_ds.traces.boundaries import machine_of
 from nmar_ds.traces.encoding import Tokenizer
-from nmar_ds.traces.reduction import reduce
+from nmar_ds.traces.reduction import Machine, num_undos, reduce, start_of
 
 LAUNCHER = Path(__file__).parents[2] / "launcher" / "evaluate_undo.py"
 torch.set_num_threads(1)
@@ -63,13 +72,15 @@ class Oracle(torch.nn.Module):
     rows and padding have to be right for it to answer at all.
     """
 
-    def __init__(self, tokenizer: Tokenizer, problems: list[Problem], policy: Policy) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, problems: list[Problem], policy: Policy, machine: Machine
+    ) -> None:
         super().__init__()
         self.embedding = torch.nn.Embedding(tokenizer.size, 1)
         self.config = examined.LlamaConfig(
             vocab_size=tokenizer.size, num_hidden_layers=1, max_position_embeddings=4096
         )
-        self.undo_id = tokenizer.undo_id
+        self.machine = machine
         self.references = {tuple(p.prompt_ids.tolist()): p.reference_ids.tolist() for p in problems}
         self.policy = policy
 
@@ -100,7 +111,7 @@ class Oracle(torch.nn.Module):
             reference = self.references.get(tuple(ids[:size]))
             if reference is not None:
                 response = ids[size:]
-                stack = reduce(response, undo_id=self.undo_id).tolist()
+                stack = reduce(response, self.machine).tolist()
                 return [self.policy(response, stack, reference), blind(response, stack, reference)]
         return [0]
 
@@ -114,12 +125,14 @@ def examine(
     tokenizer: Tokenizer,
     families: dict[str, list[Problem]],
     policy: Policy,
+    facts: ExportSettings | None = None,
     **changes: Any,
 ) -> FamilyResult:
-    model = Oracle(tokenizer, families["words"], policy)
+    facts = facts or settings_of(tokenizer)
+    model = Oracle(tokenizer, families["words"], policy, facts.machine)
     settings: dict[str, Any] = {"num_problems": 30, "batch_size": 16}
     examination = Examination(**(settings | changes))
-    return evaluate(model, tokenizer, settings_of(tokenizer), families, examination)["words"]
+    return evaluate(model, tokenizer, facts, families, examination)["words"]
 
 
 def values(result: FamilyResult) -> dict[str, Any]:
@@ -231,8 +244,16 @@ def test_evaluate_a_nervous_model_undoes_right_tokens(
     # p(UNDO) is as high at clean places after two tokens as after a deviation: ties, so half.
     problems = [sample.problem for sample in result.free]
     family = families["words"]
-    probes = make_probes(problems, family, tokenizer, name="words", seed=0, max_length=6)
-    share = sum(probe.cut == 2 for probe in probes) / len(probes)
+    probes = make_probes(
+        problems,
+        family,
+        tokenizer,
+        machine=Machine(tokenizer.undo_id),
+        name="words",
+        seed=0,
+        max_length=6,
+    )
+    share = sum(probe.start == 2 for probe in probes) / len(probes)
     assert share > 0 and found["undo_auroc"] == pytest.approx(1 - share / 2)
     # One clean prefix of each reference, that of two tokens, is answered with an undo.
     rate = result.measures["false_undo_prefix"]
@@ -250,28 +271,194 @@ def test_evaluate_corrected_needs_the_deviation_gone(tokenizer: Tokenizer, tmp_p
     assert any(sample.right for sample in result.forced)
 
 
+# -- span and reset ------------------------------------------------------------------------------
+
+
+def facts_of(tokenizer: Tokenizer, semantics: str) -> ExportSettings:
+    texts = [" ", "e"] if semantics == "span" else []
+    ids = machine_of(tokenizer, semantics, texts).boundary_ids
+    return replace(settings_of(tokenizer), semantics=semantics, boundary_ids=tuple(sorted(ids)))
+
+
+def probes_of(
+    tokenizer: Tokenizer, families: dict[str, list[Problem]], machine: Machine
+) -> list[Probe]:
+    """Those of `examine`: of the 30 problems it draws."""
+    chosen = select(families, num_problems=30, seed=0, allow_fewer=False)["words"]
+    return make_probes(
+        chosen, families["words"], tokenizer, machine=machine, name="words", seed=0, max_length=6
+    )
+
+
+@pytest.mark.parametrize("semantics", ["span", "reset"])
+def test_evaluate_a_careful_model_under_other_semantics(
+    semantics: str, tokenizer: Tokenizer, families: dict[str, list[Problem]]
+) -> None:
+    facts = facts_of(tokenizer, semantics)
+    found = values(examine(tokenizer, families, careful(tokenizer.undo_id), facts))
+    ones = ("reduced", "undone", "exact_k", "corrected", "noticed", "forced_undo_precision",
+            "forced_undo_recall", "undo_auroc")  # fmt: skip
+    zeros = ("false_undo", "over_undo", "parrot", "loop", "stray_undo", "unfinished", "mean_delay")
+    assert {name: found[name] for name in ones} == dict.fromkeys(ones, 1.0)
+    assert {name: found[name] for name in zeros} == dict.fromkeys(zeros, 0.0)
+    # Tokens from the first wrong one on: what was moved is none of them.
+    probes = probes_of(tokenizer, families, facts.machine)
+    lengths = [len(probe.forced_ids) - probe.onset for probe in probes]
+    assert found["mean_latency"] == np.mean(lengths) and max(lengths) <= 6
+
+
+@pytest.mark.parametrize("semantics", ["span", "reset"])
+def test_evaluate_free_errors_that_are_repaired(
+    semantics: str, tokenizer: Tokenizer, families: dict[str, list[Problem]]
+) -> None:
+    undo_id, facts = tokenizer.undo_id, facts_of(tokenizer, semantics)
+
+    def policy(response: list[int], stack: list[int], reference: list[int]) -> int:
+        if len(response) == 2:
+            return reference[0] if reference[2] != reference[0] else reference[-2]
+        return careful(undo_id)(response, stack, reference)
+
+    result = examine(tokenizer, families, policy, facts)
+    found = values(result)
+    assert (found["raw"], found["reduced"], found["with_undo"]) == (0.0, 1.0, 1.0)
+    assert (found["undo_precision"], found["undo_recall"]) == (1.0, 1.0)
+    assert (found["false_undo"], found["loop"]) == (0.0, 0.0)
+    kept = [sample.problem.reference_ids for sample in result.free]
+    starts = [start_of(ids, 2, facts.machine) for ids in kept]
+    assert max(starts) == (2 if semantics == "span" else 0) and min(starts) == 0
+    num_kept = sum(map(len, kept))
+    again = sum(2 + 2 - start for start in starts)  # the wrong token, its undo, what went along
+    assert found["overhead"] == pytest.approx((num_kept + again) / num_kept)
+
+
+@pytest.mark.parametrize("semantics", ["span", "reset"])
+def test_evaluate_one_undo_too_many_under_other_semantics(
+    semantics: str, tokenizer: Tokenizer, families: dict[str, list[Problem]]
+) -> None:
+    undo_id, facts = tokenizer.undo_id, facts_of(tokenizer, semantics)
+
+    def policy(response: list[int], stack: list[int], reference: list[int]) -> int:
+        last = [place for place, token in enumerate(response) if token != undo_id][-1:]
+        run = len(response) - sum(last) - len(last)
+        written = response[: len(response) - run]
+        before = reduce(response[:-1], facts.machine).tolist()
+        just_done = run > 0 and before != reference[: len(before)]
+        right = stack == reference[: len(stack)]
+        if undo_id not in written and right and just_done:
+            return undo_id
+        return careful(undo_id)(response, stack, reference)
+
+    found = values(examine(tokenizer, families, policy, facts))
+    assert (found["undone"], found["exact_k"], found["over_undo"]) == (1.0, 0.0, 1.0)
+    assert (found["corrected"], found["forced_undo_recall"]) == (1.0, 1.0)
+    starts = [probe.start for probe in probes_of(tokenizer, families, facts.machine)]
+    if semantics == "span":  # the span before went needlessly
+        assert any(starts) and 0 < found["forced_undo_precision"] < 1
+    else:  # there was nothing left to take
+        assert not any(starts) and found["forced_undo_precision"] == 1.0
+
+
+def test_evaluate_one_undo_leaves_what_stands_before_a_boundary(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    rows = [row | {"answer": row["reference"].split()[-1]} for row in examined.records(40, seed=9)]
+    families = load_problems([examined.write(tmp_path / "a.jsonl", rows)], tokenizer)
+    undo_id, facts = tokenizer.undo_id, facts_of(tokenizer, "span")
+
+    def lazy(response: list[int], stack: list[int], reference: list[int]) -> int:
+        if undo_id in response:
+            return blind(response, stack, reference)
+        return careful(undo_id)(response, stack, reference)
+
+    found = values(examine(tokenizer, families, lazy, facts))
+    probes = probes_of(tokenizer, families, facts.machine)
+    share = np.mean([num_undos(probe.deviation_ids, facts.machine) == 1 for probe in probes])
+    assert 0 < share < 1
+    assert found["exact_k"] == found["corrected"] == pytest.approx(share)
+
+
+def test_evaluate_compares_p_undo_at_the_place_that_went_wrong(
+    tokenizer: Tokenizer, families: dict[str, list[Problem]]
+) -> None:
+    """Under `reset` a deviation starts at base; where it goes wrong is another place."""
+    undo_id, facts = tokenizer.undo_id, facts_of(tokenizer, "reset")
+
+    def policy(response: list[int], stack: list[int], reference: list[int]) -> int:
+        return undo_id if not response else careful(undo_id)(response, stack, reference)
+
+    found = values(examine(tokenizer, families, policy, facts))
+    onsets = [probe.onset for probe in probes_of(tokenizer, families, facts.machine)]
+    share = np.mean([onset == 0 for onset in onsets])
+    assert found["undo_auroc"] == pytest.approx(1 - share / 2) and share < 0.5
+    assert (found["stray_undo"], found["exact_k"]) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("semantics", ["span", "reset"])
+def test_probes_start_where_undos_come_back_to(
+    semantics: str, tokenizer: Tokenizer, families: dict[str, list[Problem]]
+) -> None:
+    machine = facts_of(tokenizer, semantics).machine
+    plain = probes_of(tokenizer, families, Machine(tokenizer.undo_id))
+    moved = probes_of(tokenizer, families, machine)
+    assert len(plain) == len(moved) == 30
+    for probe, other in zip(plain, moved, strict=True):
+        # The same text is forced; only what is called the deviation is longer.
+        assert probe.forced_ids.tolist() == other.forced_ids.tolist()
+        assert probe.start == probe.onset == other.onset >= other.start
+        below = other.problem.reference_ids[: other.start][-1:].tolist()
+        assert not below or (semantics == "span" and below[0] in machine.boundary_ids)
+        undos = [machine.undo_id] * num_undos(other.deviation_ids, machine)
+        left = reduce([*other.forced_ids.tolist(), *undos], machine)
+        assert left.tolist() == other.problem.reference_ids[: other.start].tolist()
+    assert any(other.start < other.onset for other in moved)
+
+
 def test_probes_are_plausible_reproducible_and_uniform(
     tokenizer: Tokenizer, families: dict[str, list[Problem]]
 ) -> None:
     family = families["words"]
-    probes = make_probes(family, family, tokenizer, name="words", seed=1, max_length=6)
-    again = make_probes(family[5:], family, tokenizer, name="words", seed=1, max_length=6)
+    probes = make_probes(
+        family,
+        family,
+        tokenizer,
+        machine=Machine(tokenizer.undo_id),
+        name="words",
+        seed=1,
+        max_length=6,
+    )
+    again = make_probes(
+        family[5:],
+        family,
+        tokenizer,
+        machine=Machine(tokenizer.undo_id),
+        name="words",
+        seed=1,
+        max_length=6,
+    )
     assert [p.forced_ids.tolist() for p in probes[5:]] == [p.forced_ids.tolist() for p in again]
-    other = make_probes(family, family, tokenizer, name="words", seed=2, max_length=6)
+    other = make_probes(
+        family,
+        family,
+        tokenizer,
+        machine=Machine(tokenizer.undo_id),
+        name="words",
+        seed=2,
+        max_length=6,
+    )
     assert [p.forced_ids.tolist() for p in probes] != [p.forced_ids.tolist() for p in other]
     assert len(probes) == len(family)
     everything = " ".join(p.reference for p in family)
     for probe in probes:
         reference = probe.problem.reference_ids
-        assert probe.deviation_ids[0] != reference[probe.cut]
+        assert probe.deviation_ids[0] != reference[probe.start]
         assert tokenizer.piece_class(int(probe.deviation_ids[0])) == tokenizer.piece_class(
-            int(reference[probe.cut])
+            int(reference[probe.start])
         )
         assert 1 <= len(probe.deviation_ids) <= 6
         assert tokenizer.decode(probe.deviation_ids, continuation=True).strip() in everything
-        assert probe.forced_ids[: probe.cut].tolist() == reference[: probe.cut].tolist()
+        assert probe.forced_ids[: probe.start].tolist() == reference[: probe.start].tolist()
     assert len({len(probe.deviation_ids) for probe in probes}) > 2
-    assert len({probe.cut for probe in probes}) > 2
+    assert len({probe.start for probe in probes}) > 2
 
 
 def test_select_wants_enough_problems_and_draws_without_repeats(

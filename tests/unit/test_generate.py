@@ -28,6 +28,7 @@ from nmar_ds.inference.rendering import Run, as_plain, as_rich, response_text, r
 from nmar_ds.traces.builders import encode_record
 from nmar_ds.traces.encoding import Tokenizer
 from nmar_ds.traces.records import Record, TextTurn
+from nmar_ds.traces.reduction import Machine, reduce
 
 LAUNCHER = Path(__file__).parents[2] / "launcher" / "generate.py"
 torch.set_num_threads(1)
@@ -57,7 +58,12 @@ def test_read_settings_returns_the_facts(export: Path, tokenizer: Tokenizer) -> 
     ("changes", "words"),
     [
         ({"context": "pruned"}, "context: 'pruned', expected 'linear'"),
-        ({"semantics": "span"}, "semantics: 'span', expected 'token'"),
+        ({"semantics": "spam"}, "semantics: 'spam', expected one of token, span, reset"),
+        ({"semantics": "span"}, "boundary_ids: 0 under semantics 'span', expected some"),
+        ({"boundary_ids": [4, 9]}, "boundary_ids: 2 under semantics 'token', expected"),
+        ({"semantics": "span", "boundary_ids": [9, 4]}, "boundary_ids: [9, 4], expected a list"),
+        ({"semantics": "span", "boundary_ids": [4, "9"]}, "expected a list of token ids"),
+        ({"semantics": "span", "boundary_ids": 4}, "boundary_ids: 4, expected a list"),
         ({"format_version": 2}, "format_version: 2, expected 1"),
         ({"format_version": "absent"}, "format_version: None, expected 1"),
         ({"eos_id": "absent"}, "eos_id: missing, expected a token id"),
@@ -90,13 +96,21 @@ def test_read_settings_names_a_missing_folder_and_file(tmp_path: Path) -> None:
         read_settings(tmp_path)
 
 
-def test_load_exported_tokenizer_refuses_another_one(export: Path, tmp_path: Path) -> None:
+def test_load_exported_tokenizer_refuses_another_one(
+    export: Path, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     other = examined.variant(export, tmp_path / "a", tokenizer_fingerprint="0" * 64)
     with pytest.raises(VocabularyError, match="fingerprint"):
         load_exported_tokenizer(other, read_settings(other))
     other = examined.variant(export, tmp_path / "b", undo_id=5)
     with pytest.raises(VocabularyError, match="undo_id: 5"):
         load_exported_tokenizer(other, read_settings(other))
+    for token in (tokenizer.eos_id, tokenizer.size):
+        other = examined.variant(
+            export, tmp_path / f"c{token}", semantics="span", boundary_ids=[token]
+        )
+        with pytest.raises(VocabularyError, match=f"boundary_ids: {token}, expected ordinary"):
+            load_exported_tokenizer(other, read_settings(other))
 
 
 def test_load_model_refuses_a_folder_without_weights(export: Path, tmp_path: Path) -> None:
@@ -122,7 +136,7 @@ def test_runs_split_a_response_by_fate_and_origin(tokenizer: Tokenizer) -> None:
     wrong = tokenizer.encode(" lamp", continuation=True)
     ids = spell(tokenizer, "sun", " lamp", len(wrong), " mat", 0)
     num_forced = len(ids) - len(spell(tokenizer, len(wrong), " mat"))
-    found = list(runs(tokenizer, prompt, ids, undo_id=tokenizer.undo_id, num_forced=num_forced))
+    found = list(runs(tokenizer, prompt, ids, Machine(tokenizer.undo_id), num_forced=num_forced))
     assert [(run.kind, run.forced, run.text) for run in found] == [
         ("kept", True, "sun"),
         ("undone", True, " lamp"),
@@ -132,9 +146,9 @@ def test_runs_split_a_response_by_fate_and_origin(tokenizer: Tokenizer) -> None:
     assert sum(run.num_tokens for run in found) == len(ids)
     two = spell(tokenizer, "sun mat")
     assert len(two) > 1
-    inside = list(runs(tokenizer, prompt, two, undo_id=tokenizer.undo_id, num_forced=1))
+    inside = list(runs(tokenizer, prompt, two, Machine(tokenizer.undo_id), num_forced=1))
     assert [(run.kind, run.forced) for run in inside] == [("kept", True), ("kept", False)]
-    assert list(runs(tokenizer, prompt, ids[:0], undo_id=tokenizer.undo_id)) == []
+    assert list(runs(tokenizer, prompt, ids[:0], Machine(tokenizer.undo_id))) == []
 
 
 def test_plain_and_rich_show_what_was_undone() -> None:
@@ -202,6 +216,31 @@ def test_show_prints_raw_beside_reduced(
     out = capsys.readouterr().out
     assert "--- raw\n" in out and f"--- reduced\n{found.reduced}\n" in out
     assert f"{found.decoded.num_undos} undos" in out
+
+
+@pytest.mark.parametrize("semantics", ["span", "reset"])
+def test_generate_undoes_as_the_export_says(
+    semantics: str, export: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    ids = np.flatnonzero(~tokenizer.is_special)[::4].tolist() if semantics == "span" else []
+    folder = examined.variant(
+        export, tmp_path / semantics, semantics=semantics, boundary_ids=ids
+    )  # fmt: skip
+    settings, model = read_settings(folder), load_model(folder)
+    machine = Machine(tokenizer.undo_id, semantics, frozenset(ids))
+    assert settings.machine == machine
+    num_telling = 0
+    for seed in range(12):
+        found = generate(
+            model, tokenizer, settings, "7. Reverse: sun\n", max_new_tokens=40, temperature=2.0,
+            undo_bias=2.0, seed=seed,
+        )  # fmt: skip
+        raw = found.decoded.raw_ids
+        wanted = reduce(raw, machine).tolist()
+        assert found.decoded.reduced_ids.tolist() == wanted
+        assert sum(run.num_tokens for run in found.runs if run.kind == "kept") == len(wanted)
+        num_telling += len(wanted) != len(reduce(raw, Machine(tokenizer.undo_id)))
+    assert num_telling > 0
 
 
 def launch(*arguments: str) -> subprocess.CompletedProcess[str]:

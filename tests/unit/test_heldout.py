@@ -33,6 +33,14 @@ class Fixed:
     def roles(self, index: int) -> npt.NDArray[np.uint8]:
         return np.array([role for role, _ in self.traces[index]], np.uint8)
 
+    def onsets(self, index: int) -> npt.NDArray[np.int32]:
+        """The first token of every deviation but the first, whose second one it is (if any)."""
+        roles = [role for role, _ in self.traces[index]]
+        found = [n for n, r in enumerate(roles) if r == E and (n == 0 or roles[n - 1] != E)]
+        if found and roles[found[0] : found[0] + 2] == [E, E]:
+            found[0] += 1
+        return np.array(found, np.int32)
+
 
 TWO = Fixed(
     [(X, 10), (P, 11), (E, 12), (E, 13), (B, 9), (B, 9), (E, 14), (B, 9), (C, 15)],
@@ -47,33 +55,35 @@ def test_batch_sums_by_hand() -> None:
     nll[:8] = [1.0, 2.0, 3.0, 0.5, 4.0, 5.0, 0.25, 6.0]
     #            X    E    B    C
     nll[10:14] = [7.0, 8.0, 2.0, 9.0]
-    sums = batch_sums(batch, nll)
-    assert sums.shape == (2 * NUM_ROLES + 2,)
+    sums = batch_sums(batch, nll, TWO.onsets)
+    assert sums.shape == (2 * NUM_ROLES + 4,)
     assert sums[:NUM_ROLES].tolist() == [7.0, 1.0, 18.0, 6.75, 15.0]
     assert sums[NUM_ROLES : 2 * NUM_ROLES].tolist() == [1, 1, 4, 4, 2]
+    # Of the first deviation only the second token is wrong: 3.0, then 5.0 and 8.0.
+    assert sums[-4:-2].tolist() == [16.0, 3]
     # Only the first undo after each deviation; the second of the first pair (4.0) is no notice.
     assert sums[-2] == pytest.approx(np.exp(-0.5) + np.exp(-0.25) + np.exp(-2.0))
     assert sums[-1] == 3
 
 
 def test_scalars_by_hand_and_absent_roles_are_left_out() -> None:
-    totals = np.array([7.0, 1.0, 18.0, 6.75, 15.0, 1, 1, 4, 4, 2, 1.5, 3])
+    totals = np.array([7.0, 1.0, 18.0, 6.75, 15.0, 1, 1, 4, 4, 2, 16.0, 3, 1.5, 3])
     assert as_scalars(totals) == {
         "heldout/loss_prefix": 1.0,
         "heldout/loss_deviation": 4.5,
         "heldout/loss_undo": 1.6875,
         "heldout/loss_correction": 7.5,
-        "heldout/log_p_deviation_per_token": -4.5,
+        "heldout/log_p_deviation_per_token": -16 / 3,
         "heldout/p_undo_at_first_place": 0.5,
     }
-    clean = np.array([7.0, 1.0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 0])
+    clean = np.array([7.0, 1.0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 0, 0, 0])
     assert as_scalars(clean) == {"heldout/loss_prefix": 0.5}
-    assert as_scalars(np.zeros(12)) == {}
+    assert as_scalars(np.zeros(14)) == {}
 
 
 def test_an_empty_batch_adds_nothing() -> None:
     batch = make_batch(TWO, [np.empty(0, np.int64)], length=4, pad_id=0)
-    assert batch_sums(batch, np.full(4, np.nan)).tolist() == [0.0] * 12
+    assert batch_sums(batch, np.full(4, np.nan), TWO.onsets).tolist() == [0.0] * 14
 
 
 # -- measure ---------------------------------------------------------------------------------
@@ -129,6 +139,7 @@ def measured(world: int, micro: int, num_rows: int) -> tuple[dict[str, float], l
                 micro_batch_rows=micro, rank=rank, world_size=world, pad_id=0,
             ),
             num_rows=num_rows,
+            onsets=CORPUS.onsets,
             arguments=lambda batch: {"batch": batch},
             reduce=reduce,
         )  # fmt: skip
@@ -165,16 +176,23 @@ def test_all_rows_give_the_plain_means_over_unpacked_traces() -> None:
     values, engines = measured(2, 2, 10_000)
     assert looked_at(engines) == list(range(len(CORPUS.traces)))
     sums: dict[int, list[float]] = {role: [] for role in Role}
-    notices = []
-    for trace in CORPUS.traces:
+    notices, wrong = [], []
+    for index, trace in enumerate(CORPUS.traces):
+        onsets = iter(CORPUS.onsets(index).tolist())
+        onset = next(onsets) if trace[0][0] == E else 0
         for place, ((role, token), (next_role, target)) in enumerate(pairwise(trace)):
             nll = ((token * 7 + target * 3 + place) % 13) / 4.0
             sums[next_role].append(nll)
+            if next_role == E and role != E:
+                onset = next(onsets)
+            if next_role == E and place + 1 >= onset:
+                wrong.append(nll)
             if role == E and next_role == B:
                 notices.append(np.exp(-nll))
     for role in (P, E, B, C):
         assert values[f"heldout/loss_{role.label}"] == pytest.approx(np.mean(sums[role]))
-    assert values["heldout/log_p_deviation_per_token"] == pytest.approx(-np.mean(sums[E]))
+    assert 0 < len(wrong) < len(sums[E])
+    assert values["heldout/log_p_deviation_per_token"] == pytest.approx(-np.mean(wrong))
     assert values["heldout/p_undo_at_first_place"] == pytest.approx(np.mean(notices))
 
 

@@ -21,8 +21,11 @@ from nmar_ds.inference.metrics import (
     transitions,
     wilson,
 )
+from nmar_ds.traces.reduction import Machine
 
 U, EOS = 99, 2
+DOT = 12  # the boundary
+TOKEN, SPAN, RESET = Machine(U), Machine(U, "span", frozenset({DOT})), Machine(U, "reset")
 
 
 def ids(*tokens: int) -> np.ndarray:
@@ -75,20 +78,60 @@ REFERENCE = ids(10, 11, 12, EOS)
 def test_judge_pops_by_hand(
     raw: np.ndarray, popped_right: int, popped_wrong: int, num_wrong: int
 ) -> None:
-    found = judge_pops(raw, REFERENCE, undo_id=U)
-    assert found == Pops(popped_right=popped_right, popped_wrong=popped_wrong, num_wrong=num_wrong)
+    assert judge_pops(raw, REFERENCE, TOKEN) == Pops(
+        popped_right=popped_right, popped_along=0, popped_wrong=popped_wrong, num_wrong=num_wrong
+    )
 
 
-def test_judge_pops_follows_the_semantics() -> None:
-    # Under `reset` one undo takes the right 10 with the wrong 50.
-    found = judge_pops(ids(10, 50, U, 10, 11, 12, EOS), REFERENCE, undo_id=U, semantics="reset")
-    assert found == Pops(popped_right=1, popped_wrong=1, num_wrong=1)
+SPANS = ids(10, 11, DOT, 13, 14, DOT, EOS)  # two spans; what is wrong below is 50 and up
+
+
+@pytest.mark.parametrize(
+    ("machine", "raw", "right_along_wrong_written"),
+    [
+        # The right 13 has to go with the wrong 50.
+        (SPAN, ids(10, 11, DOT, 13, 50, U, 13, 14, DOT, EOS), (0, 1, 1, 1)),
+        (RESET, ids(10, 11, DOT, 13, 50, U, 10, 11, DOT, 13, 14, DOT, EOS), (0, 4, 1, 1)),
+        # Wrong boundaries: the first undo takes wrong tokens only, the second the rest.
+        (SPAN, ids(10, 11, DOT, 13, 50, DOT, 51, U, U, 13, 14, DOT, EOS), (0, 1, 3, 3)),
+        # One undo too many: it finds nothing wrong, so the span it takes is a false undo.
+        (SPAN, ids(10, 11, DOT, 50, U, U, 10, 11, DOT), (3, 0, 1, 1)),
+        # Nothing wrong at all.
+        (SPAN, ids(10, 11, DOT, 13, U, 13, 14), (1, 0, 0, 0)),
+        (RESET, ids(10, 11, DOT, U, 10, 11), (3, 0, 0, 0)),
+        # Too few: the wrong 50 stays below, what follows is wrong, and so is what goes.
+        (SPAN, ids(10, 50, DOT, 13, 14, U, 13, 14), (0, 0, 2, 6)),
+        # At base a stray takes nothing.
+        (RESET, ids(U, 50, U, U, 10, 11), (0, 0, 1, 1)),
+    ],
+)
+def test_judge_pops_where_right_tokens_have_to_go_along(
+    machine: Machine, raw: np.ndarray, right_along_wrong_written: tuple[int, ...]
+) -> None:
+    found = judge_pops(raw, SPANS, machine)
+    counts = (found.popped_right, found.popped_along, found.popped_wrong, found.num_wrong)
+    assert counts == right_along_wrong_written
+
+
+def test_judge_recovery_counts_the_undos_of_the_semantics() -> None:
+    deviation = ids(13, 50, DOT, 51)  # a right 13 was moved to its head
+    for machine, expected in ((TOKEN, 4), (SPAN, 2), (RESET, 1)):
+        for run in range(6):
+            found = judge_recovery(ids(*[U] * run, 13, 14), deviation, machine)
+            assert (found.undone, found.exact, found.over) == (
+                run > 0, run == expected, run > expected
+            )  # fmt: skip
+            assert found.parroted is (False if run else None)
+        # The deviation as it was written, its right head included.
+        again = judge_recovery(ids(*[U] * expected, *deviation), deviation, machine)
+        assert again.parroted is True
+        assert judge_recovery(ids(U, *deviation[1:], 60), deviation, machine).parroted is False
 
 
 def test_first_wrong_is_the_first_mismatch_even_when_undone() -> None:
-    assert first_wrong(ids(10, 50, U, 11, 12, EOS), REFERENCE, undo_id=U) == 1
-    assert first_wrong(ids(10, 11, U, 11, 60), REFERENCE, undo_id=U) == 4
-    assert first_wrong(REFERENCE, REFERENCE, undo_id=U) is None
+    assert first_wrong(ids(10, 50, U, 11, 12, EOS), REFERENCE, TOKEN) == 1
+    assert first_wrong(ids(10, 11, U, 11, 60), REFERENCE, TOKEN) == 4
+    assert first_wrong(REFERENCE, REFERENCE, TOKEN) is None
 
 
 def test_leading_undos() -> None:
@@ -119,17 +162,27 @@ def test_detection_latency_counts_tokens_from_the_first_wrong_one() -> None:
 def test_judge_recovery_of_a_deviation_of_two(
     emitted: np.ndarray, undone: bool, exact: bool, over: bool, parroted: bool | None
 ) -> None:
-    found = judge_recovery(emitted, ids(50, 51), num_expected=2, undo_id=U)
+    found = judge_recovery(emitted, ids(50, 51), TOKEN)
     assert found == Recovery(undone=undone, exact=exact, over=over, parroted=parroted)
 
 
 def test_num_revisits_counts_returns_to_an_earlier_content() -> None:
-    assert num_revisits(ids(10, 50, U, 11), undo_id=U) == 0
-    assert num_revisits(ids(10, 50, U, 50, U, 50, U, 11), undo_id=U) == 2
+    assert num_revisits(ids(10, 50, U, 11), TOKEN) == 0
+    assert num_revisits(ids(10, 50, U, 50, U, 50, U, 11), TOKEN) == 2
     # The same token on another stack is another content.
-    assert num_revisits(ids(10, 50, U, 11, 50), undo_id=U) == 0
+    assert num_revisits(ids(10, 50, U, 11, 50), TOKEN) == 0
     # [10] after popping everything, then [10, 11]: both had been there.
-    assert num_revisits(ids(10, 11, U, U, 10, 11), undo_id=U) == 2
+    assert num_revisits(ids(10, 11, U, U, 10, 11), TOKEN) == 2
+
+
+def test_writing_a_right_head_again_is_no_revisit() -> None:
+    assert num_revisits(ids(10, 11, DOT, 13, 50, U, 13, 14), SPAN) == 0
+    assert num_revisits(ids(10, 11, DOT, 13, 50, U, 10, 11, DOT, 13, 14), RESET) == 0
+    # All that was taken back is written again, to where the undo struck.
+    assert num_revisits(ids(10, 11, DOT, 13, 50, U, 13, 50, U, 13, 14), SPAN) == 1
+    assert num_revisits(ids(10, 50, U, 10, 50, U, 10, 11), RESET) == 1
+    # Two undos struck, at [13, 50, DOT, 51] and at [13, 50, DOT]; the latter comes again.
+    assert num_revisits(ids(13, 50, DOT, 51, U, U, 13, 50, DOT, 52), SPAN) == 1
 
 
 def test_overhead_is_emitted_over_kept() -> None:

@@ -13,9 +13,11 @@ import pytest
 
 from nmar_ds.config import RunConfig
 from nmar_ds.data.prepare import prepare_run
-from nmar_ds.data.store import write_store
-from nmar_ds.errors import ConfigError, StoreError
+from nmar_ds.data.store import manifest_checksum, write_store
+from nmar_ds.errors import CheckpointError, ConfigError, StoreError
+from nmar_ds.traces.boundaries import machine_of
 from nmar_ds.traces.encoding import Tokenizer
+from nmar_ds.traces.reduction import Machine
 from nmar_ds.traces.schema import NUM_ROLES, Trace
 from nmar_ds.training.checkpoints import check_same_run
 from nmar_ds.training.planning import RunPlan, open_store, plan_run, store_folder
@@ -194,13 +196,48 @@ def test_every_setting_of_the_traces_is_compared(stores: Path) -> None:
     assert set(type(config(stores).data.traces).model_fields) == named
 
 
-@pytest.mark.parametrize(("key", "value"), [("semantics", "span"), ("context", "pruned")])
-def test_a_store_of_another_meaning_is_refused(
-    key: str, value: str, stores: Path, small_tokenizer: Tokenizer
+def test_a_store_of_another_meaning_is_refused(stores: Path, small_tokenizer: Tokenizer) -> None:
+    digits = machine_of(small_tokenizer, "span", ["1", "2"])
+    points = machine_of(small_tokenizer, "span", ["."])
+    reset = machine_of(small_tokenizer, "reset")
+    for changes, asked, words in [
+        ({"machine": reset}, {}, "undo.semantics = 'reset'"),
+        ({"machine": points, "boundaries": ["."]}, {}, "undo.semantics = 'span'"),
+        (
+            {"machine": digits, "boundaries": ["1", "2"]},
+            {"undo": {"semantics": "span", "boundaries": ["."]}},
+            r"undo.boundaries = \['1', '2'\], but the configuration says \['.'\]",
+        ),
+        ({"context": "pruned"}, {}, "context = 'pruned'"),
+    ]:
+        write(stores, "train", small_tokenizer, **changes)
+        with pytest.raises(StoreError, match=words):
+            plan_run(config(stores, **asked))
+
+
+def test_boundary_ids_are_a_fact_of_the_run_and_older_stores_have_none(
+    stores: Path, small_tokenizer: Tokenizer
 ) -> None:
-    write(stores, "train", small_tokenizer, **{key: value})
-    with pytest.raises(StoreError, match=rf"{key} = '{value}'"):
-        plan_run(config(stores))
+    plain = facts(stores)
+    for part in ("train", "heldout"):
+        file = store_folder(config(stores), part) / "manifest.json"
+        manifest = json.loads(file.read_text())
+        del manifest["boundaries"], manifest["boundary_ids"]
+        manifest["checksum"] = manifest_checksum(manifest)
+        file.write_text(json.dumps(manifest))
+    assert facts(stores) == plain and "undo.boundary_ids" not in plain
+    assert open_store(config(stores), "train").machine == Machine(small_tokenizer.undo_id)
+    found = {}
+    for text in ("1", "2"):
+        machine = machine_of(small_tokenizer, "span", [text])
+        for part in ("train", "heldout"):
+            write(stores, part, small_tokenizer, machine=machine, boundaries=[text])
+        undo = {"semantics": "span", "boundaries": [text]}
+        found[text] = facts(stores, undo=undo)
+        assert open_store(config(stores, undo=undo), "train").machine == machine
+        assert found[text]["undo.boundary_ids"] == sorted(machine.boundary_ids)
+    with pytest.raises(CheckpointError, match=r"undo.boundary_ids was \[\d+"):
+        check_same_run(found["1"], found["2"], stores)
 
 
 def test_missing_empty_and_damaged_stores(tmp_path: Path, small_tokenizer: Tokenizer) -> None:

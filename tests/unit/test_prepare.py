@@ -81,9 +81,7 @@ def test_made(builder: str, write_jsonl: Write, sp_tokenizer: Tokenizer, tmp_pat
     shapes = set()
     for index, (source, line) in enumerate(order):
         trace = store.trace(index)
-        reduced = reduction.reduce(
-            trace.ids, undo_id=sp_tokenizer.undo_id, bases=reduction.bases_of(trace.roles)
-        )
+        reduced = reduction.reduce(trace.ids, store.machine, reduction.bases_of(trace.roles))
         record = (first, second)[source][line - 1]
         assert sp_tokenizer.decode(reduced) == record["prompt"] + record["reference"]
         shapes.add(trace.ids.tobytes())
@@ -169,7 +167,10 @@ def test_undo_count_of_id_records_is_checked(
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        ({"semantics": "span"}, "'span' is not built yet, expected 'token'"),
+        ({"semantics": "spam"}, "undo.semantics: 'spam', expected one of token, span, reset"),
+        ({"semantics": "span"}, "undo.boundaries: 0 boundary ids under semantics 'span'"),
+        ({"boundaries": ["."]}, "boundary ids under semantics 'token', expected"),
+        ({"semantics": "span", "boundaries": [".", "1\n1"]}, "undo.boundaries: '1\\n1': no token"),
         ({"context": "pruned"}, "context: 'pruned', expected linear"),
         ({"builder": "on_policy"}, "builder: 'on_policy'"),
         ({"overlong": "cut"}, "overlong: 'cut', expected error or drop"),

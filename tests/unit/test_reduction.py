@@ -9,11 +9,15 @@ from hypothesis import strategies as st
 
 from nmar_ds.errors import ConfigError
 from nmar_ds.traces import reduction
+from nmar_ds.traces.reduction import Machine
 from nmar_ds.traces.schema import Role
 
 UNDO = 9
-BOUNDARIES = {5, 6}
+BOUNDARIES = frozenset({5, 6})
 SEMANTICS = ["token", "span", "reset"]
+MACHINES = {
+    name: Machine(UNDO, name, BOUNDARIES if name == "span" else frozenset()) for name in SEMANTICS
+}
 token_lists = st.lists(st.integers(1, UNDO), max_size=40)
 
 
@@ -52,9 +56,7 @@ def naive(ids: list[int], bases: list[int], semantics: str) -> tuple[list[int], 
 @given(ids=token_lists, bases=st.lists(st.integers(0, 40), max_size=4))
 def test_reduction_equals_naive(semantics: str, ids: list[int], bases: list[int]) -> None:
     kept, heights, num_strays = naive(ids, bases, semantics)
-    asked = {
-        "undo_id": UNDO, "bases": bases, "semantics": semantics, "boundary_ids": BOUNDARIES
-    }  # fmt: skip
+    asked = {"machine": MACHINES[semantics], "bases": bases}
     array = np.array(ids, dtype=np.int32)
     assert reduction.reduce(array, **asked).tolist() == [ids[i] for i in kept]
     assert reduction.reduce(ids, **asked).tolist() == [ids[i] for i in kept]
@@ -66,7 +68,7 @@ def test_reduction_equals_naive(semantics: str, ids: list[int], bases: list[int]
 @settings(max_examples=200, deadline=None)
 @given(ids=token_lists, bases=st.lists(st.integers(0, 40), max_size=3))
 def test_survives_iff_no_later_height_is_lower(ids: list[int], bases: list[int]) -> None:
-    asked = {"undo_id": UNDO, "bases": bases}
+    asked = {"machine": Machine(UNDO), "bases": bases}
     heights = reduction.depths(ids, **asked)
     expected = [
         token != UNDO and bool((heights[place:] >= heights[place]).all())
@@ -89,10 +91,8 @@ def test_derived_undos_take_a_deviation_back_whole(
         prefix = [*prefix, 5] if prefix else []  # it starts at base or right after a boundary
     if semantics == "reset":
         prefix = []
-    count = reduction.num_undos(deviation, semantics=semantics, boundary_ids=BOUNDARIES)
-    asked = {
-        "undo_id": UNDO, "bases": [len(prompt)], "semantics": semantics, "boundary_ids": BOUNDARIES
-    }  # fmt: skip
+    count = reduction.num_undos(deviation, MACHINES[semantics])
+    asked = {"machine": MACHINES[semantics], "bases": [len(prompt)]}
     trace = prompt + prefix + deviation + [UNDO] * count
     assert reduction.reduce(trace, **asked).tolist() == prompt + prefix
     assert reduction.strays(trace, **asked) == 0
@@ -102,20 +102,20 @@ def test_derived_undos_take_a_deviation_back_whole(
 
 def test_table_of_semantics() -> None:
     ids = [1, 2, 5, 3, 5, 4, UNDO]
-    asked = {"undo_id": UNDO, "bases": [1], "boundary_ids": BOUNDARIES}
-    assert reduction.reduce(ids, semantics="token", **asked).tolist() == [1, 2, 5, 3, 5]
-    assert reduction.reduce(ids, semantics="span", **asked).tolist() == [1, 2, 5, 3, 5]
-    assert reduction.reduce([*ids, UNDO], semantics="span", **asked).tolist() == [1, 2, 5]
-    assert reduction.reduce(ids, semantics="reset", **asked).tolist() == [1]
-    assert reduction.num_undos([3, 5, 4], semantics="token") == 3
-    assert reduction.num_undos([3, 5, 4], semantics="span", boundary_ids=BOUNDARIES) == 2
-    assert reduction.num_undos([3, 4, 5], semantics="span", boundary_ids=BOUNDARIES) == 1
-    assert reduction.num_undos([3, 5, 4], semantics="reset") == 1
+    token, span, reset = MACHINES.values()
+    assert reduction.reduce(ids, token, [1]).tolist() == [1, 2, 5, 3, 5]
+    assert reduction.reduce(ids, span, [1]).tolist() == [1, 2, 5, 3, 5]
+    assert reduction.reduce([*ids, UNDO], span, [1]).tolist() == [1, 2, 5]
+    assert reduction.reduce(ids, reset, [1]).tolist() == [1]
+    assert reduction.num_undos([3, 5, 4], token) == 3
+    assert reduction.num_undos([3, 5, 4], span) == 2
+    assert reduction.num_undos([3, 4, 5], span) == 1
+    assert reduction.num_undos([3, 5, 4], reset) == 1
 
 
 def test_never_pops_into_a_prompt() -> None:
     ids = [1, 2, UNDO, 3, 4, UNDO, UNDO]
-    asked = {"undo_id": UNDO, "bases": [2, 4]}
+    asked = {"machine": Machine(UNDO), "bases": [2, 4]}
     assert reduction.reduce(ids, **asked).tolist() == [1, 2, 3]
     assert reduction.strays(ids, **asked) == 2
 
@@ -130,6 +130,12 @@ def test_bases_are_the_ends_of_prompts() -> None:
 
 def test_unknown_semantics_is_named() -> None:
     with pytest.raises(ConfigError, match="'spam', expected one of token, span, reset"):
-        reduction.reduce([1], undo_id=UNDO, semantics="spam")
-    with pytest.raises(ConfigError):
-        reduction.num_undos([1], semantics="spam")
+        Machine(UNDO, "spam")
+
+
+def test_boundaries_belong_to_span_alone() -> None:
+    with pytest.raises(ConfigError, match="0 boundary ids under semantics 'span', expected some"):
+        Machine(UNDO, "span")
+    for name in ("token", "reset"):
+        with pytest.raises(ConfigError, match=f"2 boundary ids under semantics '{name}'"):
+            Machine(UNDO, name, BOUNDARIES)

@@ -16,8 +16,10 @@ from nmar_ds.data.store import Store, write_store
 from nmar_ds.data.view import counts_view, print_store, row_view, visible
 from nmar_ds.errors import StoreError
 from nmar_ds.model.weighting import role_weights
-from nmar_ds.traces.builders import Deviation, Turn, assemble
+from nmar_ds.traces.boundaries import machine_of
+from nmar_ds.traces.builders import Deviation, Turn, assemble, move_starts
 from nmar_ds.traces.encoding import Tokenizer
+from nmar_ds.traces.reduction import Machine
 from nmar_ds.traces.schema import Role, Trace
 
 LAUNCHER = Path(__file__).parents[2] / "launcher" / "show.py"
@@ -32,7 +34,7 @@ def trace(tokenizer: Tokenizer, line: int, prompt: str, reference: str, wrong: s
         reference_ids=ids.astype(np.int32),
         deviations=(Deviation(1, cut, 0),) if wrong else (),
     )
-    return assemble([turn], undo_id=tokenizer.undo_id, semantics="token", line=line, source=0)
+    return assemble([turn], machine=Machine(tokenizer.undo_id), line=line, source=0)
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +143,41 @@ def test_print_store_shows_rows_of_the_real_plan(
     print_store(store, num_shown=1, sequence_length=None, weights=weights, seed=None, single=True)
     out = capsys.readouterr().out
     assert out.count("+-- trace") == 1 and "padding" not in out and "\ntrace 0: 1 traces" in out
+
+
+def test_print_store_says_the_semantics_and_marks_the_first_wrong_token(
+    tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reference = np.append(tokenizer.encode("mat sun", continuation=True), tokenizer.eos_id)
+    turn = Turn(
+        prompt_ids=tokenizer.encode("Reverse: sun mat\n", continuation=False),
+        reference_ids=reference.astype(np.int32),
+        deviations=(Deviation(2, tokenizer.encode("tree", continuation=True), 0),),
+    )
+    shown = {}
+    for semantics, texts in (("token", []), ("span", ["t"]), ("reset", [])):
+        machine = machine_of(tokenizer, semantics, texts)
+        woven = assemble([move_starts(turn, machine)], machine=machine, line=1, source=0)
+        folder = tmp_path / semantics
+        write_store(folder, [woven], tokenizer=tokenizer, machine=machine, boundaries=texts)
+        print_store(
+            Store(folder), num_shown=1, sequence_length=None, weights=role_weights("msft"),
+            seed=None, single=True,
+        )  # fmt: skip
+        shown[semantics] = capsys.readouterr().out
+        (deviation,) = [line for line in shown[semantics].splitlines() if line[:5] == "|   e"]
+        num_right = woven.onsets[0] - int(np.flatnonzero(woven.roles == Role.DEVIATION)[0])
+        before, _, after = deviation.partition("||")
+        assert bool(after) == (num_right > 0) == (semantics != "token")
+        if after:
+            assert before.count("|") - 1 == num_right
+    assert "\nundo: token, one takes back one token\n" in shown["token"]
+    num_ids = len(machine_of(tokenizer, "span", ["t"]).boundary_ids)
+    assert (
+        "\nundo: span, one takes back the last token and on back to a boundary; "
+        f"{num_ids} boundary ids end with 't'\n"
+    ) in shown["span"]
+    assert "\nundo: reset, one takes back the whole response\n" in shown["reset"]
 
 
 def test_print_store_seed_draws_other_rows(
