@@ -65,7 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     except (NmarError, OSError) as error:
         # Once for what all ranks know; before they meet, once per machine; else by the one rank.
         alone = joined and not getattr(error, "shared", False)
-        if ranks is None or alone or (ranks.rank if joined else ranks.local_rank) == 0:
+        met = joined and not isinstance(error, LaunchError)
+        if ranks is None or alone or (ranks.rank if met else ranks.local_rank) == 0:
             who = f"rank {ranks.rank}: " if ranks is not None and alone and ranks.rank else ""
             print(f"error: {who}{error}", file=sys.stderr, flush=True)
         return 1 if isinstance(error, DivergenceError | IsolationError) else 2
