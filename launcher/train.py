@@ -14,7 +14,6 @@ import faulthandler
 import os
 import sys
 
-from nmar_ds.config import load_config
 from nmar_ds.errors import DivergenceError, IsolationError, LaunchError, NmarError
 from nmar_ds.training.ranks import complete_environment, discover_ranks
 
@@ -41,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     faulthandler.enable()  # a crash in native code then says where
     ranks, joined = None, False
     try:
+        from nmar_ds.config import load_config
+
         config = load_config(arguments.config, arguments.overrides)
         ranks = discover_ranks(os.environ)
         expected = config.training.world_size

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from torch.distributed import TCPStore
+import torch
 from torch.distributed.distributed_c10d import PrefixStore
 
 from nmar_ds.errors import ConfigError, LaunchError
@@ -104,7 +104,7 @@ def meet(ranks: Ranks, environ: MutableMapping[str, str], *, timeout_seconds: in
     hosted = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     is_host = ranks.rank == 0 and not hosted
     try:
-        store = TCPStore(
+        store = torch.distributed.TCPStore(  # type: ignore[attr-defined]
             environ["MASTER_ADDR"],
             int(environ["MASTER_PORT"]),
             is_master=is_host,
@@ -238,7 +238,7 @@ def check_shared_folder(folder: Path, peers: Any) -> None:
     probe, problem = peers.broadcast((probe, problem))
     seen = problem is not None or (folder / probe).exists()
     blind = [str(rank) for rank, sees in enumerate(peers.gather(seen)) if not sees]
-    if peers.rank == 0:
+    if peers.rank == 0 and problem is None:
         (folder / probe).unlink(missing_ok=True)
     if blind:
         problem = ConfigError(

@@ -8,8 +8,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 
-from network import Network  # noqa: E402
-from test_launch import prepared  # noqa: E402, F401
+from network import Network
+from test_launch import prepared  # noqa: F401
 
 KINDS: list[str] = []
 

@@ -69,7 +69,15 @@ class Network:
         assert self._holder is not None
         user = ["--user", "--preserve-credentials"] if self._user else []
         enter = ["nsenter", "--target", str(self._holder.pid), *user, "--mount"]
-        return [*enter, f"--wd={os.getcwd()}", "ip", "netns", "exec", ("one", "two")[node], *command]
+        return [
+            *enter,
+            f"--wd={os.getcwd()}",
+            "ip",
+            "netns",
+            "exec",
+            ("one", "two")[node],
+            *command,
+        ]
 
     def close(self) -> None:
         """Unplug: the namespaces go with their last process."""

@@ -34,7 +34,9 @@ def torchrun(address: str, port: int, node: int, hosts: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def start(network: Network, node: int, launcher: list[str], *arguments: str) -> subprocess.Popen[str]:
+def start(
+    network: Network, node: int, launcher: list[str], *arguments: str
+) -> subprocess.Popen[str]:
     command = network.on(node, [*launcher, "launcher/train.py", *arguments])
     environ = environment()
     environ.pop("GLOO_SOCKET_IFNAME", None)
