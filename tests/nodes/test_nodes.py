@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -170,7 +169,7 @@ def test_a_first_node_that_does_not_answer_is_named_in_time(
     network: Network, prepared: Path, hosts: Path
 ) -> None:
     port = free_port()
-    started = time.monotonic()
+    # `finish` waits shorter than the configured timeout, let alone torch's 30 minutes.
     alone = start(
         network, 1, deepspeed(network.address, port, 1, hosts),
         "--config", str(prepared / "config.yaml"), f"output={prepared / 'absent'}",
@@ -181,7 +180,6 @@ def test_a_first_node_that_does_not_answer_is_named_in_time(
     (line,) = errors(output)
     assert f"{network.address}:{port} (MASTER_ADDR:MASTER_PORT) does not answer, after 3 s" in line
     assert "Traceback" not in output
-    assert time.monotonic() - started < 120, "3 s and the launcher's start, not torch's 30 minutes"
     assert not (prepared / "absent").exists()
 
 
