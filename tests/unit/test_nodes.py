@@ -178,3 +178,24 @@ def test_a_run_folder_must_be_shared_and_is_left_as_it_was(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match=f"output: {tmp_path / 'file'}: ") as caught:
         check_shared_folder(tmp_path / "file", OtherNode(True))
     assert caught.value.shared
+
+
+class SecondNode:
+    """Rank 1 of two; rank 0 has written a file of this name."""
+
+    rank, world_size = 1, 2
+
+    def broadcast(self, value: Any) -> Any:
+        return ".seen-0", None
+
+    def gather(self, value: Any) -> list[Any]:
+        return [True, value]
+
+
+def test_another_node_looks_for_what_rank_0_wrote(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="ranks 1 do not see"):
+        check_shared_folder(tmp_path / "run", SecondNode())
+    assert not (tmp_path / "run").exists()
+    (tmp_path / ".seen-0").touch()
+    check_shared_folder(tmp_path, SecondNode())
+    assert (tmp_path / ".seen-0").exists(), "rank 0 wrote it and takes it away"
