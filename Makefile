@@ -13,7 +13,7 @@ OVERRIDES ?=
 SMOLLM2_RUN ?= runs/smollm2
 SMOLLM2_MODEL ?= runs/smollm2_135m_instruct
 
-.PHONY: help install quickstart smollm2 test check mutants tensorboard clean
+.PHONY: help install quickstart smollm2 test test-nodes check mutants tensorboard clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -42,6 +42,9 @@ smollm2: $(VENV)/smollm2  ## teach real pretrained weights (SmolLM2-135M) to und
 
 test: $(VENV)/installed  ## the tests (under 15 minutes on two cores)
 	$(BIN)/python -m pytest
+
+test-nodes: $(VENV)/installed  ## one run on two nodes (network namespaces of this machine; 2 minutes)
+	$(BIN)/python -m pytest tests/nodes
 
 check: $(VENV)/installed  ## ruff, mypy and shellcheck
 	$(BIN)/ruff check .

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import sys
 
-from nmar_ds.config import load_config
 from nmar_ds.errors import NmarError
 
 
@@ -31,6 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
     arguments = parse(argv)
     try:
+        from nmar_ds.config import load_config
+
         config = load_config(arguments.config, arguments.overrides)
         from nmar_ds.data.prepare import prepare_run
 

@@ -14,7 +14,6 @@ import faulthandler
 import os
 import sys
 
-from nmar_ds.config import load_config
 from nmar_ds.errors import DivergenceError, IsolationError, LaunchError, NmarError
 from nmar_ds.training.ranks import complete_environment, discover_ranks
 
@@ -41,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     faulthandler.enable()  # a crash in native code then says where
     ranks, joined = None, False
     try:
+        from nmar_ds.config import load_config
+
         config = load_config(arguments.config, arguments.overrides)
         ranks = discover_ranks(os.environ)
         expected = config.training.world_size
@@ -65,7 +66,8 @@ def main(argv: list[str] | None = None) -> int:
     except (NmarError, OSError) as error:
         # Once for what all ranks know; before they meet, once per machine; else by the one rank.
         alone = joined and not getattr(error, "shared", False)
-        if ranks is None or alone or (ranks.rank if joined else ranks.local_rank) == 0:
+        met = joined and not isinstance(error, LaunchError)
+        if ranks is None or alone or (ranks.rank if met else ranks.local_rank) == 0:
             who = f"rank {ranks.rank}: " if ranks is not None and alone and ranks.rank else ""
             print(f"error: {who}{error}", file=sys.stderr, flush=True)
         return 1 if isinstance(error, DivergenceError | IsolationError) else 2

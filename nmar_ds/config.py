@@ -8,6 +8,9 @@ misspelt top-level keys silently, so users never write one.
 
 from __future__ import annotations
 
+import ast
+import inspect
+import itertools
 import re
 from pathlib import Path
 from types import UnionType
@@ -16,7 +19,6 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from nmar_ds.errors import ConfigError
-from nmar_ds.model.weighting import role_weights
 from nmar_ds.yaml_input import apply_override, nearest, read_yaml
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -32,7 +34,6 @@ class Section(BaseModel):
         frozen=True,
         strict=True,
         allow_inf_nan=False,
-        use_attribute_docstrings=True,
     )
 
 
@@ -175,6 +176,10 @@ class ObjectiveSection(Section):
 
     @model_validator(mode="after")
     def _weights_fit(self) -> ObjectiveSection:
+        if self.preset != "custom" and self.weights is None:
+            return self  # and numpy need not be loaded for it
+        from nmar_ds.model.weighting import role_weights
+
         try:
             role_weights(self.preset, self.weights)
         except ConfigError as error:
@@ -429,6 +434,7 @@ def reference_page() -> str:
         title = f"`{prefix}`" if prefix else "Top level"
         about = "" if not prefix else (section.__doc__ or "").strip() + "\n\n"
         rows = []
+        meanings = _attribute_docstrings(section)
         inner: list[tuple[type[BaseModel], str]] = []
         for name, field in section.model_fields.items():
             candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
@@ -440,7 +446,7 @@ def reference_page() -> str:
             default = "required" if field.is_required() else f"`{_shown(field.default)}`"
             if child is not None and not field.is_required():
                 default = "optional" if field.default is None else "its defaults"
-            meaning = (field.description or "").replace("\n", " ").replace("|", "\\|")
+            meaning = meanings.get(name, "").replace("\n", " ").replace("|", "\\|")
             rows.append(f"| `{name}` | {kind} | {default} | {meaning} |")
         table = "| key | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(rows)
         parts.append(f"## {title}\n\n{about}{table}\n")
@@ -449,6 +455,19 @@ def reference_page() -> str:
 
     add(RunConfig, "")
     return "\n".join(parts)
+
+
+def _attribute_docstrings(section: type[BaseModel]) -> dict[str, str]:
+    """The text under each key. pydantic can read it too, but at every start of every launcher."""
+    (body,) = ast.parse(inspect.getsource(section)).body
+    assert isinstance(body, ast.ClassDef)
+    return {
+        key.target.id: inspect.cleandoc(text.value.value)
+        for key, text in itertools.pairwise(body.body)
+        if isinstance(key, ast.AnnAssign) and isinstance(key.target, ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+        if isinstance(text.value.value, str)
+    }
 
 
 def _type_name(annotation: Any) -> str:

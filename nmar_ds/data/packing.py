@@ -10,10 +10,11 @@ costs O(traces) for a fixed row length.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
@@ -58,7 +59,6 @@ class Plan:
         return digest.hexdigest()
 
 
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def _best_fit(lengths: IntArray, descending: IntArray, capacity: int) -> IntArray:
     """Row of each trace. `head[room]` and `below[row]` are the stacks of rows by room."""
     num = len(lengths)
@@ -99,6 +99,15 @@ def _best_fit(lengths: IntArray, descending: IntArray, capacity: int) -> IntArra
     return row_of
 
 
+@functools.cache
+def _compiled_best_fit() -> Callable[[IntArray, IntArray, int], IntArray]:
+    """Numba takes longer to import than all that a launcher does before it needs a plan."""
+    import numba
+
+    compiled: Callable[[IntArray, IntArray, int], IntArray] = numba.njit(cache=True)(_best_fit)
+    return compiled
+
+
 def best_fit_decreasing(lengths_N: npt.ArrayLike, capacity: int) -> Plan:
     """Pack traces into rows.
 
@@ -117,7 +126,7 @@ def best_fit_decreasing(lengths_N: npt.ArrayLike, capacity: int) -> Plan:
         bad = int(np.flatnonzero((lengths < 1) | (lengths > capacity))[0])
         raise ValueError(f"trace {bad} has {lengths[bad]} tokens, expected 1 to {capacity}")
     descending = np.argsort(-lengths, kind="stable").astype(np.int64)
-    row_of = _best_fit(lengths, descending, capacity)
+    row_of = _compiled_best_fit()(lengths, descending, capacity)
     # Grouping by row with a stable sort keeps the traces of a row in the order of the store.
     order = np.argsort(row_of, kind="stable").astype(np.int64)
     num_rows = int(row_of.max()) + 1 if len(row_of) else 0

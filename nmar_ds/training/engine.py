@@ -21,6 +21,7 @@ import torch
 
 from nmar_ds.config import OptimizerSection
 from nmar_ds.errors import LaunchError, NmarError
+from nmar_ds.training.nodes import choose_interface, meet
 from nmar_ds.training.ranks import Ranks, threads_per_rank
 
 if not torch.cuda.is_available():
@@ -51,7 +52,7 @@ def start_process_group(ranks: Ranks, *, timeout_seconds: int) -> torch.device:
         This rank's device.
 
     Raises:
-        LaunchError: the world that formed is not the one the launcher announced.
+        LaunchError: the ranks do not find each other, or not as the launcher announced them.
     """
     deepspeed_logger.setLevel(logging.WARNING)
     torch.set_num_threads(threads_per_rank(ranks))
@@ -67,14 +68,24 @@ def start_process_group(ranks: Ranks, *, timeout_seconds: int) -> torch.device:
     else:
         device = torch.device("cpu")
         backend = "gloo"
+        choose_interface(os.environ, ranks)
         # This op is compiled with g++ at every first start and serves inference only.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend=backend,
-        auto_mpi_discovery=False,
-        timeout=datetime.timedelta(seconds=timeout_seconds),
-        verbose=False,
-    )
+    store = meet(ranks, os.environ, timeout_seconds=timeout_seconds)
+    try:
+        deepspeed.init_distributed(
+            dist_backend=backend,
+            auto_mpi_discovery=False,
+            timeout=datetime.timedelta(seconds=timeout_seconds),
+            verbose=False,
+        )
+    except RuntimeError as error:
+        raise LaunchError(
+            f"the ranks met, but {backend} could not connect them: {str(error).splitlines()[0]}; "
+            "set GLOO_SOCKET_IFNAME (CPU) or NCCL_SOCKET_IFNAME (GPU) to the network interface "
+            "that joins the nodes"
+        ) from None
+    del store  # the process group holds its own
     formed = torch.distributed.get_world_size()
     if formed != ranks.world_size or torch.distributed.get_rank() != ranks.rank:
         raise LaunchError(f"{formed} ranks met, expected {ranks.world_size}")

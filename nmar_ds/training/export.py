@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nmar_ds.config import load_config
 from nmar_ds.data.store import boundary_ids_of
 from nmar_ds.errors import CheckpointError, ConfigError, VocabularyError
 from nmar_ds.files import EXPORT_SETTINGS
@@ -80,6 +79,8 @@ def export_checkpoint(
 
 def _sample_texts(run: Path) -> Iterator[str]:
     """Texts of the run's held-out records, on which both tokenizers must agree."""
+    from nmar_ds.config import load_config
+
     config = load_config(run / "config.yaml")
     for source in config.data.heldout:
         if Path(source).is_file():

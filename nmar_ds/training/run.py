@@ -32,6 +32,7 @@ from nmar_ds.training.engine import (
 )
 from nmar_ds.training.loop import TrainingLoop, forward_arguments
 from nmar_ds.training.monitor import Monitor
+from nmar_ds.training.nodes import check_same_everywhere, check_shared_folder
 from nmar_ds.training.planning import RunPlan
 from nmar_ds.training.ranks import Ranks
 
@@ -76,6 +77,9 @@ def _run(
 ) -> bool:
     peers = ProcessPeers()
     output = Path(config.output)
+    check_same_everywhere(peers.gather({**plan.facts, **_versions()}))
+    if ranks.world_size > ranks.local_world_size:
+        check_shared_folder(output, peers)
     found = _find_checkpoint(config, plan, peers, output / "checkpoints")
     first_step = found.step if found else 0
     if found and first_step >= plan.total_steps:
@@ -246,9 +250,6 @@ def _find_checkpoint(
 
 
 def _manifest_facts(config: RunConfig, plan: RunPlan, ranks: Ranks, model: Any) -> dict[str, Any]:
-    import deepspeed
-    import transformers
-
     return {
         "run": plan.facts,
         "name": config.name,
@@ -261,13 +262,20 @@ def _manifest_facts(config: RunConfig, plan: RunPlan, ranks: Ranks, model: Any) 
         "undo_token": config.undo.token,
         "dtype": config.model.dtype,
         "model_config": json.loads(model.lm.config.to_json_string(use_diff=False)),
-        "versions": {
-            "nmar_ds": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "deepspeed": deepspeed.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    import deepspeed
+    import transformers
+
+    return {
+        "nmar_ds": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+        "transformers": transformers.__version__,
     }
 
 

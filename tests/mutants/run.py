@@ -80,6 +80,10 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="list the mutants and stop")
     arguments = parser.parse_args()
     mutants = [m for m in load_mutants() if arguments.only in m["name"]]
+    if not mutants:
+        parser.error(
+            f"--only {arguments.only}: no such mutant, expected a part of a name; see --list"
+        )
     if arguments.list:
         for mutant in mutants:
             print(f"{mutant['name']:32} {mutant['why']}")

@@ -51,6 +51,10 @@ ALONE = ranks(0, 0, 1, 1)
         (launched(3, 1, 4, LOCAL_WORLD_SIZE=2, LOCAL_SIZE=4), ranks(3, 1, 4, 2)),
         (launched(3, 1, 4, LOCAL_WORLD_SIZE="", LOCAL_SIZE=2), ranks(3, 1, 4, 2)),
         (launched(2, 0, 3, LOCAL_SIZE=1), ranks(2, 0, 3, 1)),
+        # deepspeed on the second of two nodes with 1 and 2 slots; torchrun on the last of three.
+        (launched(1, 1, 3, LOCAL_SIZE=2, CROSS_RANK=1, CROSS_SIZE=2), ranks(1, 1, 3, 2)),
+        (launched(2, 0, 3, LOCAL_SIZE=2, CROSS_RANK=1, CROSS_SIZE=2), ranks(2, 0, 3, 2)),
+        (launched(5, 1, 6, LOCAL_WORLD_SIZE=2, GROUP_RANK=2), ranks(5, 1, 6, 2)),
     ],
 )
 def test_good_environments(environ: dict[str, str], expected: Ranks) -> None:
