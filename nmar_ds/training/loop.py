@@ -18,7 +18,7 @@ from nmar_ds.data.loader import Batch, RowLoader
 from nmar_ds.errors import DivergenceError
 from nmar_ds.model.attention import SegmentLayout
 from nmar_ds.model.objective import token_weights
-from nmar_ds.model.weighting import denominator
+from nmar_ds.model.weighting import PLAIN, LossOptions, denominator, trained_roles
 from nmar_ds.traces.schema import NUM_ROLES, Role
 from nmar_ds.training.engine import Engine, all_reduce
 from nmar_ds.training.monitor import Monitor
@@ -64,6 +64,7 @@ class StepSums:
     roles: torch.Tensor | None = None
     tokens: int = 0
     trained: int = 0
+    unlikelihood: float = 0.0
 
 
 class TrainingLoop:
@@ -74,6 +75,7 @@ class TrainingLoop:
         loader: this rank's rows.
         weights: float64[NUM_ROLES] loss weights.
         denominator_kind: `objective.denominator`.
+        options: clip and unlikelihood, as the model was given them.
         optimizer: schedule.
         training: logging, evaluation and divergence settings.
         total_steps: of the run.
@@ -91,6 +93,7 @@ class TrainingLoop:
         *,
         weights: np.ndarray[Any, Any],
         denominator_kind: str,
+        options: LossOptions = PLAIN,
         optimizer: OptimizerSection,
         training: TrainingSection,
         total_steps: int,
@@ -104,6 +107,7 @@ class TrainingLoop:
         self.loader = loader
         self.weights = weights
         self.denominator_kind = denominator_kind
+        self.options = options
         self.optimizer = optimizer
         self.training = training
         self.total_steps = total_steps
@@ -160,7 +164,9 @@ class TrainingLoop:
         over W ranks, so a micro-batch returns S * W / D and no other factor (SPEC section 3).
         """
         counts, num_traces = self.loader.counts_of_step(step)
-        divisor = denominator(self.denominator_kind, counts, self.weights, num_traces)
+        kind, options = self.denominator_kind, self.options
+        divisor = denominator(kind, counts, self.weights, num_traces, options)
+        is_trained = trained_roles(self.weights, options)
         self.engine.set_learning_rate(learning_rate(step, self.total_steps, self.optimizer))
         sums = StepSums(roles=torch.zeros(2, NUM_ROLES, dtype=torch.float64))
         for batch in self.loader.batches_of_step(step):
@@ -175,8 +181,8 @@ class TrainingLoop:
             sums.roles[0] += result.role_sums.cpu()
             sums.roles[1] += result.role_counts.cpu()
             sums.tokens += batch.num_tokens
-            trained = self.weights[batch.target_roles[batch.targets >= 0]] != 0
-            sums.trained += int(trained.sum())
+            sums.unlikelihood += float(result.unlikelihood_sum)
+            sums.trained += int(is_trained[batch.target_roles[batch.targets >= 0]].sum())
         return sums
 
     def _agree(self, done: int, sums: StepSums, applied: bool) -> bool:
@@ -217,13 +223,17 @@ class TrainingLoop:
         packed = torch.cat(
             [
                 sums.roles.flatten(),
-                torch.tensor([sums.loss, tokens_here, trained_here], dtype=torch.float64),
+                torch.tensor(
+                    [sums.loss, tokens_here, trained_here, sums.unlikelihood], dtype=torch.float64
+                ),
             ]
         ).to(self.engine.device)
         totals = all_reduce(packed).cpu()
         role_sums, role_counts = totals[:NUM_ROLES], totals[NUM_ROLES : 2 * NUM_ROLES]
-        loss, tokens, trained = (float(value) for value in totals[2 * NUM_ROLES :])
+        loss, tokens, trained, pushed = (float(value) for value in totals[2 * NUM_ROLES :])
         values = {"loss/total": loss}
+        if self.options.unlikelihood and role_counts[Role.DEVIATION] > 0:
+            values["loss/unlikelihood"] = pushed / float(role_counts[Role.DEVIATION])
         for role in Role:
             if role_counts[role] > 0:
                 values[f"loss/{role.label}"] = float(role_sums[role] / role_counts[role])
