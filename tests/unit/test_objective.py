@@ -15,7 +15,7 @@ from nmar_ds.model.objective import (
     token_weights,
     weighted_cross_entropy,
 )
-from nmar_ds.model.weighting import denominator, role_weights
+from nmar_ds.model.weighting import LossOptions, denominator, role_weights, trained_roles
 from nmar_ds.traces.schema import NO_ROLE
 
 torch.set_num_threads(1)
@@ -211,12 +211,46 @@ def test_presets():
         ("custom", dict(prefix=1, deviation=-1, undo=1, correction=1), "deviation: -1.0.*nll_clip"),
         ("custom", dict(prefix=1, deviation=float("nan"), undo=1, correction=1), "finite"),
         ("custom", dict(prefix=0, deviation=0, undo=0, correction=0), "all are 0"),
+        ("custom", dict(prefix=-1, deviation=0, undo=1, correction=1), "prefix: -1.0.*nll_clip"),
         ("custom", dict(prefix=1, deviaton=0, undo=0, correction=0), "expected deviation"),
     ],
 )
 def test_wrong_weights_are_refused(preset, custom, message):
     with pytest.raises(ConfigError, match=message):
         role_weights(preset, custom)
+
+
+def test_a_negative_weight_needs_a_clip_and_a_clip_a_negative_weight():
+    custom = dict(prefix=1, deviation=-0.5, undo=1, correction=1)
+    clipped = LossOptions(nll_clip=2.0)
+    assert role_weights("custom", custom, clipped).tolist() == [0, 1, -0.5, 1, 1]
+    with pytest.raises(ConfigError, match=r"objective.nll_clip: 2.0, but no weight is negative"):
+        role_weights("msft", None, clipped)
+    with pytest.raises(ConfigError, match=r"deviation: -0.5.*set objective.nll_clip"):
+        role_weights("custom", custom, LossOptions(unlikelihood=1.0))
+
+
+def test_unlikelihood_trains_the_deviations_whatever_their_weight():
+    push = LossOptions(unlikelihood=0.3)
+    assert trained_roles(role_weights("msft")).tolist() == [False, True, False, True, True]
+    assert trained_roles(role_weights("msft"), push).tolist() == [False, True, True, True, True]
+    nothing = dict(prefix=0, deviation=0, undo=0, correction=0)
+    assert not role_weights("custom", nothing, push).any()  # the push alone is something
+
+
+def test_denominators_with_options():
+    """By hand: N = (x 100, p 10, e 7, b 5, c 3), 4 traces."""
+    counts = np.array([100, 10, 7, 5, 3])
+    options = LossOptions(unlikelihood=0.25)
+    for weights, trained in [
+        (role_weights("msft"), 10 + 5 + 3 + 0.25 * 7),
+        (role_weights("sft"), 10 + 7 + 5 + 3 + 0.25 * 7),
+        (np.array([0, 1, -0.5, 1, 2.0]), 10 + 0.5 * 7 + 5 + 2 * 3 + 0.25 * 7),
+    ]:
+        assert denominator("trained", counts, weights, 4, options) == trained
+        assert denominator("common", counts, weights, 4, options) == 25
+        assert denominator("traces", counts, weights, 4, options) == 4
+        assert denominator("sum", counts, weights, 4, options) == 1
 
 
 def test_denominators():
