@@ -275,9 +275,17 @@ def test_tensorboard_holds_the_promised_curves(whole: tuple[Path, str]) -> None:
         "optimizer/learning_rate", "optimizer/gradient_norm",
         "throughput/tokens_per_second", "throughput/trained_tokens_per_second",
         "throughput/step_seconds", "packing/use",
+        "undo_row/input_norm", "undo_row/output_norm",
+        "undo_row/mean_known_input_norm", "undo_row/mean_known_output_norm",
     }  # fmt: skip
     assert [event.step for event in events.Scalars("loss/total")] == list(range(1, STEPS + 1))
     assert [event.step for event in events.Scalars("heldout/p_undo_at_first_place")] == [0, STEPS]
+    norms = events.Scalars("undo_row/input_norm")
+    assert [event.step for event in norms] == [0, STEPS]
+    assert norms[0].value != norms[1].value
+    assert "undo_row/output_bias" not in tags
+    line = next(line for line in whole[1].splitlines() if line.startswith("undo row  row "))
+    assert f"norm {norms[0].value:.4g} in (mean of known rows " in line
 
 
 @pytest.mark.parametrize(
