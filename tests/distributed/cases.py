@@ -172,6 +172,7 @@ def train_step(
         world_size=world_size,
         pad_id=0,
     )
+    monitor = Quiet()
     loop = TrainingLoop(
         engine,
         loader,
@@ -181,7 +182,7 @@ def train_step(
         optimizer=config.optimizer,
         training=config.training,
         total_steps=4,
-        monitor=None,  # type: ignore[arg-type]
+        monitor=monitor,  # type: ignore[arg-type]
         save=lambda step: None,
         save_every=None,
         measure_heldout=dict,
@@ -193,17 +194,19 @@ def train_step(
     norms = [undo_row_norms(engine)]
     sums = loop.forward_backward(0, also_untrained=rank == 0)
     norms.append(undo_row_norms(engine))
+    loop._pace = np.ones(4)
+    loop._log(1, sums)
     after = engine.full_weights()
-    loss = torch.tensor([sums.loss, sums.unlikelihood], dtype=torch.float64)
+    loss = torch.tensor([sums.loss], dtype=torch.float64)
     dist.all_reduce(loss)
     rows = loader.rows_of_step(0)
     return {
         "gradients": {name: value.numpy() for name, value in kept.items()},
         "before": {name: value.numpy() for name, value in before.items()},
         "after": {name: value.numpy() for name, value in after.items()},
-        "loss": float(loss[0]),
-        "unlikelihood": float(loss[1]),
+        "loss": float(loss),
         "norms": norms,
+        "logged": monitor.values,
         "norm": engine.gradient_norm(),
         "traces": [int(t) for row in rows if row >= 0 for t in plan.row(int(row))],
         "micro_batches": loader.accumulation_steps,
@@ -250,7 +253,7 @@ def reference_objective(
     model = stock_model(state, tied=tied, dtype=torch.float64)
     everything = make_traces()
     total, pushed = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    counts, num_beyond = np.zeros(5, dtype=np.int64), 0
+    counts, sums, num_beyond = np.zeros(5, dtype=np.int64), np.zeros(5), 0
     for index in traces:
         ids, roles = everything[index]
         if len(ids) < 2:
@@ -261,6 +264,7 @@ def reference_objective(
             p_target = p[place, int(ids[place + 1])]
             counts[role] += 1
             nll = -torch.log(p_target)
+            sums[role] += float(nll.detach())
             if weights[role] < 0 and float(nll.detach()) > nll_clip:
                 nll = torch.tensor(nll_clip, dtype=torch.float64)
                 num_beyond += 1
@@ -273,6 +277,7 @@ def reference_objective(
         "loss": float(loss.detach()),
         "unlikelihood": float(pushed.detach()),
         "counts": counts,
+        "sums": sums,
         "num_beyond": num_beyond,
         "gradients": {
             f"lm.{name}": parameter.grad.numpy().copy()
@@ -323,12 +328,13 @@ class Quiet:
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.values: dict[str, float] = {}
 
     def say(self, text: str) -> None:
         self.lines.append(text)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        pass
+        self.values |= values
 
     def progress(self, step: int, values: dict[str, float]) -> None:
         pass

@@ -193,8 +193,15 @@ def test_objective_options_on_one_rank_and_on_two(
     for result in (single, double):
         assert gap(result["gradients"], gradients) < TOLERANCE
         assert result["loss"] == pytest.approx(expected["loss"] / divisor, rel=TOLERANCE)
+        logged = result["logged"]
+        assert logged["loss/total"] == pytest.approx(expected["loss"] / divisor, rel=TOLERANCE)
+        assert ("loss/unlikelihood" in logged) == ("unlikelihood" in options)
+        if options:
+            plain = expected["sums"][DEVIATION]
+            assert logged["sums/deviation"] == pytest.approx(plain, rel=TOLERANCE)
         if "unlikelihood" in options:
-            assert result["unlikelihood"] == pytest.approx(expected["unlikelihood"], rel=TOLERANCE)
+            mean = expected["unlikelihood"] / wrong
+            assert logged["loss/unlikelihood"] == pytest.approx(mean, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
