@@ -14,12 +14,15 @@ import itertools
 import re
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from nmar_ds.errors import ConfigError
 from nmar_ds.yaml_input import apply_override, nearest, read_yaml
+
+if TYPE_CHECKING:
+    from nmar_ds.model.weighting import LossOptions
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -141,6 +144,35 @@ class DataSection(Section):
         return value
 
 
+class UndoInitSection(Section):
+    """How `<UNDO>` starts in a pretrained model that does not know it."""
+
+    method: Literal["mean", "copy", "semantic"] = "mean"
+    """`mean` of the known rows; `copy` of a token's; `semantic`: the mean of anchors."""
+    token: str | None = None
+    """For `copy`: a piece of the tokenizer, or a text that encodes to exactly one id."""
+    anchors: list[str] = []
+    """For `semantic`: texts such as " undo"; ids are averaged in each, then the anchors."""
+    noise: Annotated[float, Field(ge=0)] = 0.0
+    """Gaussian noise on the row, in standard deviations of the known rows, per coordinate."""
+    output_bias: float = 0.0
+    """Added to the mean bias in a head that has one; below 0 makes `<UNDO>` start rare."""
+
+    @model_validator(mode="after")
+    def _sources_fit(self) -> UndoInitSection:
+        if self.method == "copy" and self.token is None:
+            raise ValueError("method copy lacks `token`, the token whose row is copied")
+        if self.method != "copy" and self.token is not None:
+            raise ValueError(f"method {self.method} does not use `token`; drop it, or use copy")
+        if self.method == "semantic" and not self.anchors:
+            raise ValueError('method semantic lacks `anchors`, for example [" delete", " undo"]')
+        if self.method != "semantic" and self.anchors:
+            raise ValueError(
+                f"method {self.method} does not use `anchors`; drop them, or use semantic"
+            )
+        return self
+
+
 class ModelSection(Section):
     """The model: a local Hugging Face folder, or a configuration to initialise at random."""
 
@@ -154,6 +186,8 @@ class ModelSection(Section):
     """Recompute activations in the backward: less memory, a third more work."""
     pad_vocab_to_multiple_of: PositiveInt = 1
     """Embedding rows are rounded up to this when rows have to be added."""
+    undo_init: UndoInitSection | None = None
+    """How `<UNDO>` starts in the model of `path`; null is the mean of the known rows."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelSection:
@@ -161,6 +195,11 @@ class ModelSection(Section):
             raise ValueError("needs exactly one of `path` and `config`")
         if self.config is not None and "model_type" not in self.config:
             raise ValueError("`config` lacks `model_type`, for example llama")
+        if self.config is not None and self.undo_init is not None:
+            raise ValueError(
+                "has `undo_init`, but a model made from `config` is random throughout and has "
+                "nothing to initialise from; drop `undo_init`, or give `path`"
+            )
         return self
 
 
@@ -173,15 +212,26 @@ class ObjectiveSection(Section):
     """Weights by role name, for `custom` only; `prompt` may be left out and weighs 0 then."""
     denominator: Literal["common", "trained", "traces", "sum"] = "common"
     """What the sum of losses is divided by, over the whole global batch (SPEC section 3)."""
+    nll_clip: Annotated[float, Field(gt=0)] | None = None
+    """Nats; targets of negatively weighted roles count, and push, up to this loss only."""
+    unlikelihood: Annotated[float, Field(gt=0)] | None = None
+    """Weight of -log(1 - p) on deviation targets, beside what `weights` say of them."""
+
+    @property
+    def options(self) -> LossOptions:
+        """What the loss has beside weights."""
+        from nmar_ds.model.weighting import LossOptions
+
+        return LossOptions(nll_clip=self.nll_clip, unlikelihood=self.unlikelihood or 0.0)
 
     @model_validator(mode="after")
     def _weights_fit(self) -> ObjectiveSection:
-        if self.preset != "custom" and self.weights is None:
+        if self.preset != "custom" and self.weights is None and self.nll_clip is None:
             return self  # and numpy need not be loaded for it
         from nmar_ds.model.weighting import role_weights
 
         try:
-            role_weights(self.preset, self.weights)
+            role_weights(self.preset, self.weights, self.options)
         except ConfigError as error:
             raise ValueError(str(error)) from None
         return self

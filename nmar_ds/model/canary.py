@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from nmar_ds.errors import IsolationError
 from nmar_ds.model.attention import ATTENTION_NAME
 from nmar_ds.model.objective import role_sums, token_weights
 from nmar_ds.model.probe import Probe, other_ids, sampled_positions
-from nmar_ds.model.weighting import FloatArray
+from nmar_ds.model.weighting import PLAIN, FloatArray, LossOptions
 from nmar_ds.traces.schema import NO_ROLE, Role
 
 NUM_CALLS = 10
@@ -55,6 +56,7 @@ def run_canary(
     batch: Batch,
     *,
     weights: FloatArray,
+    options: LossOptions = PLAIN,
     vocab_size: int,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
@@ -68,6 +70,7 @@ def run_canary(
             `UndoTrainingModel.forward(..., mode=mode, **tensors)` through whatever wraps it.
         batch: a real micro-batch of this rank; best the longest traces the run has.
         weights: float64[NUM_ROLES] of the run.
+        options: clip and unlikelihood of the run; the model was told on its own.
         vocab_size: ids that may stand in for others are below it.
         dtype: of the model; chooses the bounds.
         device: where the model runs.
@@ -80,7 +83,8 @@ def run_canary(
     Raises:
         IsolationError: a check failed; names it, the backend, the trace, the number and its bound.
     """
-    canary = _Canary(call, weights, vocab_size, dtype, device, np.random.default_rng(seed))
+    rng = np.random.default_rng(seed)
+    canary = _Canary(call, weights, options, vocab_size, dtype, device, rng)
     canary.check_batch(batch)
     probe = Probe.of_batch(batch)
     num_traces, length = len(probe.traces()), probe.shape[1]
@@ -107,6 +111,7 @@ class _Canary:
 
     call: Callable[..., Any]
     weights: FloatArray
+    options: LossOptions
     vocab_size: int
     dtype: torch.dtype
     device: torch.device | str
@@ -165,10 +170,10 @@ class _Canary:
         model all true targets cost about ln(V), and a shifted loss would hide within bf16's bound.
         """
         rows = [probe.row(index) for index in range(probe.shape[0])]
-        best = int(np.argmax([(self._token_weights(row) != 0).sum() for row in rows]))
+        best = int(np.argmax([self._is_trained(row).sum() for row in rows]))
         row, weights_N = rows[best], self._token_weights(rows[best])
         targets, roles = row.targets()
-        if not weights_N.any():
+        if not self._is_trained(row).any():
             self.notes.append("no row has a trained target: loss checked with all weights 1")
             weights_N = (targets >= 0).astype(np.float64)
         places = np.flatnonzero(targets >= 0)
@@ -190,29 +195,46 @@ class _Canary:
             target_N = torch.full((len(targets),), -1, dtype=torch.int64, device=self.device)
             target_N[positions_M] = target_M
             ours = self.call("loss", *inputs, targets_N=target_N, also_untrained=True, **tensors)
-            nll_M = -log_p_MV.gather(1, target_M.clamp(min=0)[:, None])[:, 0]
+            target_M1 = target_M.clamp(min=0)[:, None]
+            nll_M = -log_p_MV.gather(1, target_M1)[:, 0]
+            others_MV = log_p_MV.scatter(1, target_M1, -torch.inf)
+            unlikelihood_M = -others_MV.logsumexp(dim=1)  # -log(1 - p) in double
             weights_M, roles_M = (part[positions_M] for part in tensors.values())
-            self._compare(f"row {best}, {kind} targets", ours, nll_M, weights_M.double(), roles_M)
+            naive = (nll_M, unlikelihood_M)
+            name = f"row {best}, {kind} targets"
+            self._compare(name, ours, naive, weights_M.double(), roles_M)
 
     def _token_weights(self, row: Probe) -> FloatArray:
         roles_N = torch.from_numpy(row.targets()[1])
         result: FloatArray = token_weights(roles_N, self.weights, torch.float64).numpy()
         return result
 
+    def _is_trained(self, row: Probe) -> npt.NDArray[np.bool_]:
+        pushed = (row.targets()[1] == Role.DEVIATION) & (self.options.unlikelihood != 0)
+        trained: npt.NDArray[np.bool_] = pushed | (self._token_weights(row) != 0)
+        return trained
+
     def _compare(
         self,
         name: str,
-        ours: tuple[Tensor, Tensor, Tensor],
-        nll_M: Tensor,
+        ours: tuple[Tensor, Tensor, Tensor, Tensor],
+        naive_M: tuple[Tensor, Tensor],
         weights_M: Tensor,
         roles_M: Tensor,
     ) -> None:
-        """Book loss, sums and counts of `UndoTrainingModel` against the naive per-token losses."""
-        loss_sum, sums, counts = ours
+        """Book loss, sums and counts of `UndoTrainingModel` against the naive per-token ones."""
+        loss_sum, sums, counts, unlikelihood_sum = ours
+        nll_M, unlikelihood_M = naive_M
         bound = _LOSS_BOUND[self.dtype]
-        naive = float((weights_M * nll_M).sum())
+        counted_M = nll_M
+        if self.options.nll_clip is not None:
+            counted_M = torch.where(weights_M < 0, nll_M.clamp(max=self.options.nll_clip), nll_M)
+        pushed_M = torch.where(roles_M == Role.DEVIATION, unlikelihood_M, 0.0)
+        push = self.options.unlikelihood
+        naive = float((weights_M * counted_M + push * pushed_M).sum())
         # at least one nat per token: the loss of a well-trained model may be all rounding
-        scale = max(naive, float(weights_M.sum()), 1.0)
+        size = float((weights_M.abs() * counted_M + push * pushed_M).sum())
+        scale = max(size, float(weights_M.abs().sum()), 1.0)
         gap = abs(float(loss_sum) - naive) / scale
         self.judge(f"{name}: loss against naive cross-entropy, relative", gap, bound)
         unseen_M = (roles_M == Role.PROMPT) & (weights_M == 0)
@@ -221,6 +243,10 @@ class _Canary:
         scales = torch.maximum(naive_sums, num.double()).clamp(min=1)
         gap = float(((sums.double() - naive_sums).abs() / scales).max())
         self.judge(f"{name}: loss sums per role, relative", gap, bound)
+        if push:
+            pushed = float(pushed_M.sum())
+            gap = abs(float(unlikelihood_sum) - pushed) / max(pushed, 1.0)
+            self.judge(f"{name}: unlikelihood of the deviations, relative", gap, bound)
 
 
 def _gap(a: Tensor, b: Tensor) -> float:

@@ -15,6 +15,7 @@ from nmar_ds.config import ModelSection
 from nmar_ds.errors import ConfigError
 from nmar_ds.model.attention import ATTENTION_NAME, check_supported
 from nmar_ds.model.folder import check_model_folder
+from nmar_ds.model.undo_init import MEAN, UndoInit
 from nmar_ds.model.vocabulary import add_undo_rows
 from nmar_ds.yaml_input import nearest
 
@@ -78,6 +79,7 @@ def load_model(
     tokenizer_fingerprint: str = "",
     ids: dict[str, int | None],
     seed: int,
+    undo_init: UndoInit = MEAN,
     partition: bool = True,
 ) -> LoadedModel:
     """Build the model of a run. Collective under ZeRO-3.
@@ -90,6 +92,7 @@ def load_model(
         tokenizer_fingerprint: of the data's tokenizer; an earlier export must have the same.
         ids: bos_token_id, eos_token_id, pad_token_id for the model's configuration.
         seed: of the random initialisation; the weights do not depend on the number of ranks.
+        undo_init: how `<UNDO>` starts in a model that does not know it.
         partition: False builds a plain model, for tests on one process.
 
     Raises:
@@ -129,6 +132,7 @@ def load_model(
                 model,
                 undo_id=undo_id,
                 num_known_rows=min(tokenizer_size, config.vocab_size),
+                init=undo_init,
                 pad_to_multiple_of=section.pad_vocab_to_multiple_of,
             )
             undo_row = str(report)

@@ -4,11 +4,11 @@ Nothing here knows a rank: sums go out, the caller divides by the denominator of
 batch.
 """
 
-# N target rows, H hidden, V vocabulary, C rows of a chunk
+# N target rows, H hidden, V vocabulary, C rows of a chunk, K penalised rows among them
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,8 @@ from nmar_ds.errors import VocabularyError
 from nmar_ds.model.weighting import FloatArray, denominator, role_weights  # noqa: F401
 from nmar_ds.traces.schema import NUM_ROLES
 
-# Bytes of one chunk's logits in the loss dtype; about three such blocks live at a time.
+# Bytes of one chunk's logits in the loss dtype; about three such blocks live at a time, and one
+# more for each chunk's rows under unlikelihood.
 _CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 
 
@@ -81,10 +82,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         bias_V: Tensor | None,
         targets_N: Tensor,
         weights_N: Tensor,
+        penalties_N: Tensor | None,
+        nll_clip: float | None,
         chunk_size: int,
         want_grads: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Return (loss_sum, nll_N); see `weighted_cross_entropy`."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (loss_sum, nll_N, unlikelihood_N); see `weighted_cross_entropy`."""
         for_hidden, for_weight, for_bias = (
             bool(need) and want_grads for need in ctx.needs_input_grad[:3]
         )
@@ -93,21 +96,31 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VH, dtype=exact) if for_weight else None
         grad_bias = torch.zeros_like(weight_VH[:, 0], dtype=exact) if for_bias else None
         nll_N = torch.empty(len(targets_N), dtype=exact, device=hidden_NH.device)
+        unlikelihood_N = torch.zeros_like(nll_N)
+        weights_N = weights_N.to(exact)
         for start in range(0, len(targets_N), chunk_size):
             rows = slice(start, start + chunk_size)
-            dead_C1 = (weights_N[rows] == 0)[:, None]
-            # a row of weight 0 must give exactly no gradient, whatever is in it
-            hidden_CH = hidden_NH[rows].masked_fill(dead_C1, 0)
             logits_CV = F.linear(hidden_NH[rows], weight_VH, bias_V).to(exact)
             lse_C = torch.logsumexp(logits_CV, dim=1)
             targets_C1 = targets_N[rows, None]
             nll_N[rows] = lse_C - logits_CV.gather(1, targets_C1)[:, 0]
+            push = None
+            if penalties_N is not None:
+                push = _Push.away(logits_CV, lse_C, targets_C1, nll_N[rows], penalties_N[rows])
+                unlikelihood_N[rows] = push.values_C
             if not (for_hidden or for_weight or for_bias):
                 continue
+            pulls_C1 = _unclipped(weights_N[rows], nll_N[rows], nll_clip)[:, None]
             # in place: logits become softmax - onehot, times the row's weight
             grad_CV = logits_CV.sub_(lse_C[:, None]).exp_()
             grad_CV.scatter_add_(1, targets_C1, grad_CV.new_full(targets_C1.shape, -1.0))
-            grad_CV.mul_(weights_N[rows, None].to(exact)).masked_fill_(dead_C1, 0)
+            # a row of weight 0 must give exactly no gradient, whatever is in it
+            grad_CV.mul_(pulls_C1).masked_fill_(pulls_C1 == 0, 0)
+            dead_C1 = pulls_C1 == 0
+            if push is not None:
+                grad_CV.index_add_(0, push.rows_K, push.grad_KV)
+                dead_C1[push.rows_K] = False
+            hidden_CH = hidden_NH[rows].masked_fill(dead_C1, 0)
             if grad_bias is not None:
                 grad_bias += grad_CV.sum(dim=0)
             grad_CV = grad_CV.to(weight_VH.dtype)
@@ -118,8 +131,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                     grad_weight.addmm_(grad_CV.t(), hidden_CH)
                 else:
                     grad_weight += grad_CV.t() @ hidden_CH
-        weights_N = weights_N.to(exact)
-        loss_sum = torch.where(weights_N == 0, 0.0, weights_N * nll_N).sum()
+        loss_sum = _loss_sum(nll_N, unlikelihood_N, weights_N, penalties_N, nll_clip)
         # saved the regular way, so that the backward frees them
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (
@@ -127,20 +139,96 @@ class LinearCrossEntropy(torch.autograd.Function):
             weight_VH.dtype,
             bias_V.dtype if bias_V is not None else None,
         )
-        ctx.mark_non_differentiable(nll_N)
-        return loss_sum, nll_N
+        ctx.mark_non_differentiable(nll_N, unlikelihood_N)
+        return loss_sum, nll_N, unlikelihood_N
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, grad_loss: Tensor, _grad_nll: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, *_unused: Tensor | None) -> tuple[Tensor | None, ...]:
         """Scale the gradients formed in the forward."""
         scaled = [
             None if grad is None else (grad * grad_loss.to(grad.dtype)).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (*scaled, None, None, None, None)
+        return (*scaled, *[None] * 6)
+
+
+class _Push(NamedTuple):
+    """The unlikelihood of one chunk's penalised rows: u * -log(1 - p), p the target's probability.
+
+    1 - p is taken from the log-sum-exp of the *other* logits, which needs no clamp as p -> 1:
+    the value is then the lead of the target's logit, finite wherever the logits are, and
+    the gradient, u * p * (onehot - softmax over the others), has a 1-norm of at most 2u.
+    A clamped 1 - p (1908.04319's code has 1e-5) gives no gradient just where p is worst.
+
+    Attributes:
+        values_C: -log(1 - p), without u; 0 where a row is not penalised.
+        rows_K: int64, the penalised rows.
+        grad_KV: with respect to their logits, u in it.
+    """
+
+    values_C: Tensor
+    rows_K: Tensor
+    grad_KV: Tensor
+
+    @classmethod
+    def away(
+        cls,
+        logits_CV: Tensor,
+        lse_C: Tensor,
+        targets_C1: Tensor,
+        nll_C: Tensor,
+        penalties_C: Tensor,
+    ) -> _Push:
+        """Form values and gradient at once; the logits are left as they are."""
+        rows_K = torch.nonzero(penalties_C)[:, 0]
+        targets_K1 = targets_C1[rows_K]
+        others_KV = logits_CV[rows_K].scatter_(1, targets_K1, -torch.inf)
+        others_K = torch.logsumexp(others_KV, dim=1)
+        p_K = torch.exp(-nll_C[rows_K])
+        # each form where it is exact: a small p is lost in the difference of two large numbers
+        value_K = torch.where(p_K < 0.5, -torch.log1p(-p_K), lse_C[rows_K] - others_K)
+        grad_KV = others_KV.sub_(others_K[:, None]).exp_().scatter_(1, targets_K1, -1.0)
+        grad_KV.mul_(-(penalties_C[rows_K].to(p_K) * p_K)[:, None])
+        return cls(torch.zeros_like(nll_C).index_copy(0, rows_K, value_K), rows_K, grad_KV)
+
+
+def _unclipped(weights_N: Tensor, nll_N: Tensor, nll_clip: float | None) -> Tensor:
+    """The weights, 0 where a negatively weighted target lies beyond the clip."""
+    if nll_clip is None:
+        return weights_N
+    return weights_N.masked_fill((weights_N < 0) & (nll_N > nll_clip), 0)
+
+
+def _loss_sum(
+    nll_N: Tensor,
+    unlikelihood_N: Tensor,
+    weights_N: Tensor,
+    penalties_N: Tensor | None,
+    nll_clip: float | None,
+) -> Tensor:
+    """Weighted sum in which a weight of 0 makes exactly nothing of any value."""
+    if nll_clip is not None:
+        nll_N = torch.where(weights_N < 0, nll_N.clamp(max=nll_clip), nll_N)
+    loss_sum = torch.where(weights_N == 0, 0.0, weights_N * nll_N).sum()
+    if penalties_N is None:
+        return loss_sum
+    pushed_N = penalties_N.to(nll_N) * unlikelihood_N
+    return loss_sum + torch.where(penalties_N == 0, 0.0, pushed_N).sum()
+
+
+class HeadLoss(NamedTuple):
+    """What `weighted_cross_entropy` returns, in float32 (float64 for float64 inputs).
+
+    Attributes:
+        loss_sum: scalar, differentiable.
+        nll_N: -log p of each target, neither weighted nor clipped, detached.
+        unlikelihood_N: -log(1 - p) of each penalised target, 0 elsewhere, unweighted, detached.
+    """
+
+    loss_sum: Tensor
+    nll_N: Tensor
+    unlikelihood_N: Tensor
 
 
 def weighted_cross_entropy(
@@ -150,21 +238,22 @@ def weighted_cross_entropy(
     targets_N: Tensor,
     weights_N: Tensor,
     *,
+    penalties_N: Tensor | None = None,
+    nll_clip: float | None = None,
     chunk_size: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Weighted negative log-likelihood summed over rows: sum_n w_n * -log p(target_n | hidden_n).
+) -> HeadLoss:
+    """Sum over rows of w_n * nll_n + u_n * -log(1 - p_n), with nll_n = -log p_n of the target.
 
     Args:
         hidden_NH: last hidden states of the rows that predict.
         weight_VH: head weight, of the same dtype. Read it once per call, outside (ZeRO-3).
         bias_V: head bias or None.
         targets_N: int64[N], each in [0, V).
-        weights_N: float[N]; a row of weight 0 contributes exactly nothing.
+        weights_N: float[N]; a row of weight 0 (and no penalty) contributes exactly nothing.
+        penalties_N: float[N], u_n; None where there are none.
+        nll_clip: rows of negative weight count with min(nll, nll_clip), and give exactly no
+            gradient beyond it.
         chunk_size: rows whose logits are held at a time; None chooses by memory.
-
-    Returns:
-        `loss_sum`, a differentiable scalar, and `nll_N`, detached, both float32 (float64 for
-        float64 inputs).
 
     Raises:
         VocabularyError: a target outside the head's rows.
@@ -187,7 +276,9 @@ def weighted_cross_entropy(
         bias_V,
         targets_N,
         weights_N,
+        penalties_N,
+        nll_clip,
         chunk_size,
         torch.is_grad_enabled(),
     )
-    return cast(tuple[Tensor, Tensor], result)
+    return HeadLoss(*result)

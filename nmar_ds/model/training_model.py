@@ -4,7 +4,7 @@ Everything that touches a parameter happens inside this `forward`: ZeRO-3 gather
 there (a loss computed outside sees an empty head; huggingface/trl#3368, #5891, #6372).
 """
 
-# B rows, T tokens per row, N = B*T, M selected targets, H hidden, V vocabulary
+# B rows, T tokens per row, N = B*T, M selected targets, H hidden, V vocabulary, K known rows
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from nmar_ds.errors import ConfigError
 from nmar_ds.model.attention import ATTENTION_NAME, SegmentLayout, check_supported
-from nmar_ds.model.objective import role_sums, weighted_cross_entropy
+from nmar_ds.model.objective import HeadLoss, role_sums, weighted_cross_entropy
+from nmar_ds.model.row_norms import row_norms
+from nmar_ds.model.weighting import PLAIN, LossOptions
 from nmar_ds.traces.schema import NO_ROLE, Role
 
 
@@ -24,14 +26,18 @@ class MicroBatchLoss(NamedTuple):
     """What one micro-batch contributes. A tuple, so that the engine's hooks find the tensors.
 
     Attributes:
-        loss_sum: scalar, differentiable, sum of w_n * nll_n. Not divided by anything.
-        role_sums: float64[NUM_ROLES] unweighted loss sums, detached.
+        loss_sum: scalar, differentiable, sum of w_n * nll_n and what the options add. Not
+            divided by anything.
+        role_sums: float64[NUM_ROLES] sums of nll, neither weighted nor clipped, detached.
         role_counts: int64[NUM_ROLES] targets in `role_sums`.
+        unlikelihood_sum: float64 scalar, unweighted -log(1 - p) summed over the deviation targets,
+            detached; 0 where the objective has no unlikelihood.
     """
 
     loss_sum: Tensor
     role_sums: Tensor
     role_counts: Tensor
+    unlikelihood_sum: Tensor
 
 
 class UndoTrainingModel(nn.Module):
@@ -40,12 +46,15 @@ class UndoTrainingModel(nn.Module):
     Args:
         lm: the model. Its attention is switched to `nmar_segments` and its cache is switched off.
         chunk_size: rows per chunk of the loss; None chooses by memory.
+        options: clip and unlikelihood of the objective.
 
     Raises:
         ConfigError: the architecture is not supported.
     """
 
-    def __init__(self, lm: Any, *, chunk_size: int | None = None) -> None:
+    def __init__(
+        self, lm: Any, *, chunk_size: int | None = None, options: LossOptions = PLAIN
+    ) -> None:
         super().__init__()
         check_supported(lm.config)
         lm.set_attn_implementation(ATTENTION_NAME)
@@ -57,12 +66,13 @@ class UndoTrainingModel(nn.Module):
         lm.config.use_cache = False
         self.lm = lm
         self.chunk_size = chunk_size
+        self.options = options
 
     def forward(  # noqa: PLR0917 (the batch)
         self,
-        input_ids_BT: Tensor,
-        position_ids_BT: Tensor,
-        layout: SegmentLayout,
+        input_ids_BT: Tensor | None = None,
+        position_ids_BT: Tensor | None = None,
+        layout: SegmentLayout | None = None,
         targets_N: Tensor | None = None,
         weights_N: Tensor | None = None,
         roles_N: Tensor | None = None,
@@ -70,8 +80,10 @@ class UndoTrainingModel(nn.Module):
         also_untrained: bool = False,
         mode: str = "loss",
         positions_M: Tensor | None = None,
+        known_K: Tensor | None = None,
+        undo_id: int = -1,
     ) -> MicroBatchLoss | Tensor:
-        """Loss of a micro-batch, or logits for the canary.
+        """Loss of a micro-batch, logits for the canary, or the norms of the undo row.
 
         Args:
             input_ids_BT: int64[B, T].
@@ -84,13 +96,24 @@ class UndoTrainingModel(nn.Module):
                 the head, without gradient).
             mode: "loss"; "nll", the loss of every response target whatever its weight, without
                 gradient; "logits" (this module's path) or "stock_logits" (the wrapped model's
-                own forward and head), at `positions_M`.
+                own forward and head), at `positions_M`; "row_norms", which takes no batch but
+                `known_K` and `undo_id` (see `row_norms`).
             positions_M: int64[M] flat positions, for the logits modes.
+            known_K: bool[K], the rows of real tokens.
+            undo_id: row of `<UNDO>`.
 
         Returns:
             `MicroBatchLoss`; or for "nll" float[N], 0 where there is no response target; or
-            logits [M, V]; both in float32 (float64 for a float64 model).
+            logits [M, V]; both in float32 (float64 for a float64 model); or for "row_norms"
+            float64[4 or 5].
         """
+        if mode == "row_norms":
+            assert known_K is not None
+            head = self.lm.get_output_embeddings()
+            bias_V = getattr(head, "bias", None)
+            embedding_VH = self.lm.get_input_embeddings().weight
+            return row_norms(embedding_VH, head.weight, bias_V, known_K=known_K, undo_id=undo_id)
+        assert input_ids_BT is not None and position_ids_BT is not None and layout is not None
         if mode == "stock_logits":
             logits_BTV = self.lm(
                 input_ids=input_ids_BT,
@@ -119,28 +142,34 @@ class UndoTrainingModel(nn.Module):
             raise ValueError(f"unknown mode {mode!r}")
         assert targets_N is not None and weights_N is not None and roles_N is not None
 
-        def head_loss(
-            rows_M: Tensor, targets_M: Tensor, weights_M: Tensor
-        ) -> tuple[Tensor, Tensor]:
+        penalties_N = None
+        if self.options.unlikelihood:
+            is_deviation_N = roles_N == Role.DEVIATION
+            penalties_N = is_deviation_N.to(weights_N.dtype) * self.options.unlikelihood
+
+        def head_loss(rows_M: Tensor, targets_M: Tensor, weights_M: Tensor) -> HeadLoss:
             return weighted_cross_entropy(
                 hidden_NH.index_select(0, rows_M),
                 weight_VH,
                 bias_V,
                 targets_M,
                 weights_M,
+                penalties_N=None if penalties_N is None else penalties_N[rows_M],
+                nll_clip=self.options.nll_clip,
                 chunk_size=self.chunk_size,
             )
 
-        rows_M, targets_M, weights_M, roles_M = _trained(targets_N, weights_N, roles_N)
-        loss_sum, nll_M = head_loss(rows_M, targets_M, weights_M)
+        trained_N = weights_N != 0 if penalties_N is None else (weights_N != 0) | (penalties_N != 0)
+        rows_M, targets_M, weights_M, roles_M = _trained(trained_N, targets_N, weights_N, roles_N)
+        loss_sum, nll_M, unlikelihood_M = head_loss(rows_M, targets_M, weights_M)
         sums, counts = role_sums(nll_M, roles_M)
         if also_untrained:
-            rows_M = _untrained(weights_N, roles_N)
+            rows_M = _untrained(trained_N, roles_N)
             with torch.no_grad():
-                _, nll_M = head_loss(rows_M, targets_N[rows_M], weights_N[rows_M])
+                _, nll_M, _ = head_loss(rows_M, targets_N[rows_M], weights_N[rows_M])
             more_sums, more_counts = role_sums(nll_M, roles_N[rows_M])
             sums, counts = sums + more_sums, counts + more_counts
-        return MicroBatchLoss(loss_sum, sums, counts)
+        return MicroBatchLoss(loss_sum, sums, counts, unlikelihood_M.double().sum())
 
     def _hidden(
         self, input_ids_BT: Tensor, position_ids_BT: Tensor, layout: SegmentLayout
@@ -166,7 +195,7 @@ class UndoTrainingModel(nn.Module):
     ) -> Tensor:
         """-log p of every target that is not of a prompt, in its place; 0 elsewhere."""
         rows_M = torch.nonzero((targets_N >= 0) & (roles_N != Role.PROMPT))[:, 0]
-        _, nll_M = weighted_cross_entropy(
+        _, nll_M, _ = weighted_cross_entropy(
             hidden_NH.index_select(0, rows_M),
             weight_VH,
             bias_V,
@@ -178,14 +207,14 @@ class UndoTrainingModel(nn.Module):
 
 
 def _trained(
-    targets_N: Tensor, weights_N: Tensor, roles_N: Tensor
+    trained_N: Tensor, targets_N: Tensor, weights_N: Tensor, roles_N: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Select the rows that carry weight; if there are none, one row of weight 0.
+    """Select the rows that are trained; if there are none, one row of weight 0.
 
     Under mSFT a good part of the tokens is masked, and the head is the dearest layer of a small
     model. The stand-in row keeps the backward, and so the collectives, equal on all ranks.
     """
-    rows_M = torch.nonzero(weights_N)[:, 0]
+    rows_M = torch.nonzero(trained_N)[:, 0]
     if len(rows_M):
         return rows_M, targets_N[rows_M], weights_N[rows_M], roles_N[rows_M]
     rows_1 = rows_M.new_zeros(1)
@@ -193,10 +222,10 @@ def _trained(
     return rows_1, targets_N.new_zeros(1), weights_N.new_zeros(1), no_role_1
 
 
-def _untrained(weights_N: Tensor, roles_N: Tensor) -> Tensor:
-    """Rows of the response targets that carry no weight; there may be none."""
+def _untrained(trained_N: Tensor, roles_N: Tensor) -> Tensor:
+    """Rows of the response targets that are not trained; there may be none."""
     response_N = (roles_N != NO_ROLE) & (roles_N != Role.PROMPT)
-    return torch.nonzero(response_N & (weights_N == 0))[:, 0]
+    return torch.nonzero(response_N & ~trained_N)[:, 0]
 
 
 def _at_least_float(logits_MV: Tensor) -> Tensor:

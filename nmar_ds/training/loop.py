@@ -19,7 +19,7 @@ from nmar_ds.errors import DivergenceError
 from nmar_ds.model.attention import SegmentLayout
 from nmar_ds.model.objective import token_weights
 from nmar_ds.model.training_model import MicroBatchLoss
-from nmar_ds.model.weighting import denominator
+from nmar_ds.model.weighting import PLAIN, LossOptions, denominator, trained_roles
 from nmar_ds.traces.schema import NUM_ROLES, Role
 from nmar_ds.training.engine import Engine, all_reduce
 from nmar_ds.training.monitor import Monitor
@@ -65,7 +65,8 @@ class StepSums:
         loss: this rank's share of the optimised loss.
         roles: float64[2, NUM_ROLES] loss sums and target counts by role.
         tokens: that are not padding.
-        trained: targets that carry weight.
+        trained: targets that are trained.
+        unlikelihood: sum of -log(1 - p) over deviation targets, where the objective has it.
     """
 
     loss: float = 0.0
@@ -74,15 +75,16 @@ class StepSums:
     )
     tokens: int = 0
     trained: int = 0
+    unlikelihood: float = 0.0
 
-    def add(self, batch: Batch, result: MicroBatchLoss, weights: Any, divisor: float) -> None:
-        """Count one micro-batch in; `weights` are float64[NUM_ROLES], `divisor` is D."""
+    def add(self, batch: Batch, result: MicroBatchLoss, is_trained: Any, divisor: float) -> None:
+        """Count one micro-batch in; `is_trained` is bool[NUM_ROLES], `divisor` is D."""
         self.loss += float(result.loss_sum.detach()) / divisor
         self.roles[0] += result.role_sums.cpu()
         self.roles[1] += result.role_counts.cpu()
         self.tokens += batch.num_tokens
-        trained = weights[batch.target_roles[batch.targets >= 0]] != 0
-        self.trained += int(trained.sum())
+        self.unlikelihood += float(result.unlikelihood_sum)
+        self.trained += int(is_trained[batch.target_roles[batch.targets >= 0]].sum())
 
 
 class TrainingLoop:
@@ -93,6 +95,7 @@ class TrainingLoop:
         loader: this rank's rows.
         weights: float64[NUM_ROLES] loss weights.
         denominator_kind: `objective.denominator`.
+        options: clip and unlikelihood, as the model was given them.
         optimizer: schedule.
         training: logging, evaluation and divergence settings.
         total_steps: of the run.
@@ -110,6 +113,7 @@ class TrainingLoop:
         *,
         weights: np.ndarray[Any, Any],
         denominator_kind: str,
+        options: LossOptions = PLAIN,
         optimizer: OptimizerSection,
         training: TrainingSection,
         total_steps: int,
@@ -123,6 +127,7 @@ class TrainingLoop:
         self.loader = loader
         self.weights = weights
         self.denominator_kind = denominator_kind
+        self.options = options
         self.optimizer = optimizer
         self.training = training
         self.total_steps = total_steps
@@ -179,7 +184,9 @@ class TrainingLoop:
         over W ranks, so a micro-batch returns S * W / D and no other factor (SPEC section 3).
         """
         counts, num_traces = self.loader.counts_of_step(step)
-        divisor = denominator(self.denominator_kind, counts, self.weights, num_traces)
+        kind, options = self.denominator_kind, self.options
+        divisor = denominator(kind, counts, self.weights, num_traces, options)
+        is_trained = trained_roles(self.weights, options)
         self.engine.set_learning_rate(learning_rate(step, self.total_steps, self.optimizer))
         sums = StepSums()
         for batch in self.loader.batches_of_step(step):
@@ -189,7 +196,7 @@ class TrainingLoop:
             )
             self.engine.backward(result.loss_sum * (self.engine.world_size / divisor))
             self.engine.step()
-            sums.add(batch, result, self.weights, divisor)
+            sums.add(batch, result, is_trained, divisor)
         return sums
 
     def _agree(self, done: int, sums: StepSums, applied: bool) -> bool:
@@ -229,13 +236,17 @@ class TrainingLoop:
         packed = torch.cat(
             [
                 sums.roles.flatten(),
-                torch.tensor([sums.loss, tokens_here, trained_here], dtype=torch.float64),
+                torch.tensor(
+                    [sums.loss, tokens_here, trained_here, sums.unlikelihood], dtype=torch.float64
+                ),
             ]
         ).to(self.engine.device)
         totals = all_reduce(packed).cpu()
         role_sums, role_counts = totals[:NUM_ROLES], totals[NUM_ROLES : 2 * NUM_ROLES]
-        loss, tokens, trained = (float(value) for value in totals[2 * NUM_ROLES :])
+        loss, tokens, trained, pushed = (float(value) for value in totals[2 * NUM_ROLES :])
         values = {"loss/total": loss}
+        if self.options.unlikelihood and role_counts[Role.DEVIATION] > 0:
+            values["loss/unlikelihood"] = pushed / float(role_counts[Role.DEVIATION])
         for role in Role:
             if role_counts[role] > 0:
                 values[f"loss/{role.label}"] = float(role_sums[role] / role_counts[role])

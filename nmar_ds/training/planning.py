@@ -16,7 +16,8 @@ from nmar_ds.data.packing import Plan, best_fit_decreasing
 from nmar_ds.data.store import Store, boundary_ids_of
 from nmar_ds.errors import ConfigError, StoreError
 from nmar_ds.model.folder import check_model_folder
-from nmar_ds.model.weighting import role_weights
+from nmar_ds.model.undo_init import MEAN, UndoInit, resolve_undo_init
+from nmar_ds.model.weighting import role_weights, trained_roles
 from nmar_ds.traces.schema import Role
 
 
@@ -28,6 +29,7 @@ class RunPlan:
         store, heldout: the prepared traces.
         plan, heldout_plan: their rows.
         weights: float64[NUM_ROLES].
+        undo_init: how `<UNDO>` starts in a pretrained model, by ids.
         total_steps: optimizer steps of the whole run.
         steps_per_epoch: optimizer steps of one pass over the plan.
         untrained: indices of training traces without a trained target (SPEC section 2).
@@ -39,6 +41,7 @@ class RunPlan:
     plan: Plan
     heldout_plan: Plan
     weights: npt.NDArray[np.float64]
+    undo_init: UndoInit
     total_steps: int
     steps_per_epoch: int
     untrained: list[int]
@@ -57,7 +60,8 @@ class RunPlan:
     def summary(self, config: RunConfig) -> list[str]:
         """Lines for `--dry-run` and the start of a run."""
         counts = self.store.role_counts.sum(axis=0)
-        trained = int(counts[self.weights != 0].sum())
+        options = config.objective.options
+        trained = int(counts[trained_roles(self.weights, options)].sum())
         shares = ", ".join(f"{role.label} {int(counts[role]):,}" for role in Role)
         lines = [
             f"traces    {self.store.num_traces:,} training, {self.heldout.num_traces:,} held-out",
@@ -69,7 +73,9 @@ class RunPlan:
             f"{self.steps_per_epoch:,} per epoch ({self.total_steps / self.steps_per_epoch:.2f} "
             "epochs)",
             f"objective {config.objective.preset}, denominator {config.objective.denominator}, "
-            + ", ".join(f"{role.label} {self.weights[role]:g}" for role in Role),
+            + ", ".join(f"{role.label} {self.weights[role]:g}" for role in Role)
+            + ("" if options.nll_clip is None else f", nll_clip {options.nll_clip:g}")
+            + (f", unlikelihood {options.unlikelihood:g}" if options.unlikelihood else ""),
         ]
         if self.untrained:
             shown = ", ".join(str(index) for index in self.untrained[:10])
@@ -160,13 +166,20 @@ def plan_run(config: RunConfig) -> RunPlan:
     for part, opened in (("train", store), ("heldout", heldout)):
         if opened.num_traces == 0:
             raise StoreError(f"{store_folder(config, part)}: holds no traces")
+    undo_init = MEAN
     if config.model.path is not None:
-        check_model_folder(
+        trained_before = check_model_folder(
             Path(config.model.path),
             tokenizer_size=store.manifest["tokenizer"]["size"],
             undo_id=store.manifest["tokenizer"]["undo_id"],
             tokenizer_fingerprint=fingerprint,
         )
+        if trained_before and config.model.undo_init is not None:
+            raise ConfigError(
+                f"model.undo_init: {config.model.path}: {config.undo.token} is trained already and "
+                "keeps its row, expected no model.undo_init"
+            )
+        undo_init = resolve_undo_init(config.model.undo_init, store.tokenizer(), config.seed)
     if Path(config.output).exists() and not Path(config.output).is_dir():
         raise ConfigError(f"output: {config.output}: is a file, expected a folder")
     plan = best_fit_decreasing(store.lengths, config.data.sequence_length)
@@ -182,17 +195,19 @@ def plan_run(config: RunConfig) -> RunPlan:
             f"optimizer.warmup_steps: {config.optimizer.warmup_steps}, expected at most the "
             f"{total_steps} steps of the run"
         )
-    weights = role_weights(config.objective.preset, config.objective.weights)
-    untrained = np.flatnonzero((store.role_counts * (weights != 0)).sum(axis=1) == 0).tolist()
+    options = config.objective.options
+    weights = role_weights(config.objective.preset, config.objective.weights, options)
+    num_trained = store.role_counts[:, trained_roles(weights, options)].sum(axis=1)
     return RunPlan(
         store=store,
         heldout=heldout,
         plan=plan,
         heldout_plan=heldout_plan,
         weights=weights,
+        undo_init=undo_init,
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
-        untrained=untrained,
+        untrained=np.flatnonzero(num_trained == 0).tolist(),
         facts=_facts(config, plan, store.manifest, total_steps),
     )
 

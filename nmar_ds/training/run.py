@@ -17,10 +17,12 @@ from nmar_ds.config import RunConfig, deepspeed_config
 from nmar_ds.data.loader import Batch, RowLoader
 from nmar_ds.data.store import boundary_ids_of
 from nmar_ds.errors import CheckpointError, ConfigError
+from nmar_ds.model import row_norms
 from nmar_ds.model.attention import check_supported
 from nmar_ds.model.canary import CanaryReport, run_canary
 from nmar_ds.model.loading import load_model, trainable_parameters
 from nmar_ds.model.training_model import UndoTrainingModel
+from nmar_ds.model.vocabulary import known_rows
 from nmar_ds.training import checkpoints, heldout
 from nmar_ds.training.engine import (
     Engine,
@@ -142,8 +144,10 @@ def _run(
         num_weights = trainable_parameters(engine.module.parameters())
         monitor.say(
             f"model     {num_weights:,} weights, {config.model.dtype}, ZeRO-3 on "
-            f"{ranks.world_size} ranks ({device.type}); <UNDO>: {undo_row}"
+            f"{ranks.world_size} ranks ({device.type})"
         )
+        norms = row_norms.describe(_undo_row_norms(engine, plan))
+        monitor.say(f"undo row  {undo_row}; {norms}")
         # As in training: activation checkpointing, for one, is off in evaluation mode.
         engine.train()
         with peers.share_errors():
@@ -160,19 +164,23 @@ def _run(
             loader,
             weights=plan.weights,
             denominator_kind=config.objective.denominator,
+            options=config.objective.options,
             optimizer=config.optimizer,
             training=config.training,
             total_steps=plan.total_steps,
             monitor=monitor,
             save=save,
             save_every=config.checkpoint.every,
-            measure_heldout=lambda: heldout.measure(
-                engine,
-                heldout_loader,
-                num_rows=config.training.eval_rows,
-                onsets=plan.heldout.onsets,
-                arguments=arguments,
-                reduce=all_reduce,
+            measure_heldout=lambda: (
+                heldout.measure(
+                    engine,
+                    heldout_loader,
+                    num_rows=config.training.eval_rows,
+                    onsets=plan.heldout.onsets,
+                    arguments=arguments,
+                    reduce=all_reduce,
+                )
+                | _undo_row_norms(engine, plan)
             ),
             stop_requested=stop,
         )
@@ -191,10 +199,25 @@ def _canary(
         call,
         loader.batches_of_step(step)[0],
         weights=plan.weights,
+        options=config.objective.options,
         vocab_size=plan.store.manifest["tokenizer"]["size"],
         dtype=getattr(torch, config.model.dtype),
         device=engine.device,
     )
+
+
+def _undo_row_norms(engine: Engine, plan: RunPlan) -> dict[str, float]:
+    """Norms of the undo row beside those of the known rows, as scalars. Collective.
+
+    Through the engine's forward, the one place where ZeRO-3 gathers the rows.
+    """
+    tokenizer = plan.store.manifest["tokenizer"]
+    known_K = known_rows(tokenizer["size"], tokenizer["undo_id"], plan.undo_init.excluded_ids)
+    with torch.no_grad():
+        norms = engine(
+            mode="row_norms", known_K=known_K.to(engine.device), undo_id=tokenizer["undo_id"]
+        )
+    return row_norms.as_scalars(norms)
 
 
 def _build_engine(config: RunConfig, plan: RunPlan, settings: dict[str, Any]) -> tuple[Engine, str]:
@@ -211,6 +234,7 @@ def _build_engine(config: RunConfig, plan: RunPlan, settings: dict[str, Any]) ->
             "pad_token_id": facts["pad_id"],
         },
         seed=config.seed,
+        undo_init=plan.undo_init,
     )
     longest = max(int(store.lengths.max()) for store in (plan.store, plan.heldout))
     check_supported(loaded.model.config, longest=longest)
@@ -219,7 +243,7 @@ def _build_engine(config: RunConfig, plan: RunPlan, settings: dict[str, Any]) ->
         raise ConfigError(
             f"model.max_position_embeddings: {places}, but the longest trace has {longest} tokens"
         )
-    model = UndoTrainingModel(loaded.model)
+    model = UndoTrainingModel(loaded.model, options=config.objective.options)
     layers = sorted(loaded.model._no_split_modules or ()) if config.zero.gather_whole_layers else []
     engine = Engine(model, settings, make_optimizer(model, config.optimizer), whole_modules=layers)
     return engine, loaded.undo_row

@@ -102,6 +102,7 @@ def train_step(
     gradient_checkpointing: bool = False,
     whole_layers: bool = True,
     break_it: str | None = None,
+    options: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """One optimizer step of the real loop over a global batch of 4 rows.
 
@@ -115,9 +116,11 @@ def train_step(
     from nmar_ds.data.packing import best_fit_decreasing
     from nmar_ds.model.loading import load_model
     from nmar_ds.model.training_model import UndoTrainingModel
+    from nmar_ds.model.weighting import LossOptions
     from nmar_ds.training.engine import Engine, make_optimizer
     from nmar_ds.training.loop import TrainingLoop
 
+    loss_options = LossOptions(**(options or {}))
     world_size, rank = dist.get_world_size(), dist.get_rank()
     config, ds_settings = settings(
         world_size, global_rows=4, persistence=persistence, learning_rate=learning_rate
@@ -133,7 +136,7 @@ def train_step(
         ids={"bos_token_id": None, "eos_token_id": None, "pad_token_id": None},
         seed=3,
     )
-    model = UndoTrainingModel(loaded.model)
+    model = UndoTrainingModel(loaded.model, options=loss_options)
     kept: dict[str, torch.Tensor] = {}
 
     class Recording(Engine):
@@ -169,15 +172,17 @@ def train_step(
         world_size=world_size,
         pad_id=0,
     )
+    monitor = Quiet()
     loop = TrainingLoop(
         engine,
         loader,
         weights=np.array(weights),
         denominator_kind=denominator,
+        options=loss_options,
         optimizer=config.optimizer,
         training=config.training,
         total_steps=4,
-        monitor=None,  # type: ignore[arg-type]
+        monitor=monitor,  # type: ignore[arg-type]
         save=lambda step: None,
         save_every=None,
         measure_heldout=dict,
@@ -185,7 +190,12 @@ def train_step(
     )
     before = engine.full_weights()
     engine.train()
+    # Between steps, as evaluations do: it must not disturb what ZeRO-3 gathers and when.
+    norms = [undo_row_norms(engine)]
     sums = loop.forward_backward(0, also_untrained=rank == 0)
+    norms.append(undo_row_norms(engine))
+    loop._pace = np.ones(4)
+    loop._log(1, sums)
     after = engine.full_weights()
     loss = torch.tensor([sums.loss], dtype=torch.float64)
     dist.all_reduce(loss)
@@ -195,20 +205,27 @@ def train_step(
         "before": {name: value.numpy() for name, value in before.items()},
         "after": {name: value.numpy() for name, value in after.items()},
         "loss": float(loss),
+        "norms": norms,
+        "logged": monitor.values,
         "norm": engine.gradient_norm(),
         "traces": [int(t) for row in rows if row >= 0 for t in plan.row(int(row))],
         "micro_batches": loader.accumulation_steps,
     }
 
 
-def reference_gradients(
-    state: dict[str, np.ndarray], *, tied: bool, traces: list[int], dtype: torch.dtype
-) -> tuple[dict[int, dict[str, np.ndarray]], np.ndarray, np.ndarray]:
-    """Gradient of S_k for every role k, trace by trace, on the stock model.
+def undo_row_norms(
+    engine: Any, num_rows: int = VOCAB, excluded: tuple[int, ...] = ()
+) -> list[float]:
+    """Norms of the undo row as the run takes them."""
+    from nmar_ds.model.vocabulary import known_rows
 
-    Returns:
-        gradients[role][name], S_k as float64[5], N_k as int64[5].
-    """
+    with torch.no_grad():
+        known_K = known_rows(num_rows, num_rows - 1, excluded)
+        return engine(mode="row_norms", known_K=known_K, undo_id=num_rows - 1).tolist()
+
+
+def stock_model(state: dict[str, np.ndarray], *, tied: bool, dtype: torch.dtype) -> Any:
+    """The stock model with given weights, in one process."""
     import transformers
 
     keys = model_keys(tied)
@@ -220,6 +237,64 @@ def reference_gradients(
     missing = model.load_state_dict(loaded, strict=False)
     assert not missing.unexpected_keys
     model.tie_weights()
+    return model
+
+
+def reference_objective(
+    state: dict[str, np.ndarray],
+    *,
+    tied: bool,
+    traces: list[int],
+    weights: list[float],
+    nll_clip: float = float("inf"),
+    unlikelihood: float = 0.0,
+) -> dict[str, Any]:
+    """The loss sum with its options, target by target in plain Python, and its gradient."""
+    model = stock_model(state, tied=tied, dtype=torch.float64)
+    everything = make_traces()
+    total, pushed = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    counts, sums, num_beyond = np.zeros(5, dtype=np.int64), np.zeros(5), 0
+    for index in traces:
+        ids, roles = everything[index]
+        if len(ids) < 2:
+            continue
+        logits = model(torch.from_numpy(ids.astype(np.int64))[None], use_cache=False).logits[0]
+        p = torch.softmax(logits[:-1].double(), dim=-1)
+        for place, role in enumerate(roles[1:].tolist()):
+            p_target = p[place, int(ids[place + 1])]
+            counts[role] += 1
+            nll = -torch.log(p_target)
+            sums[role] += float(nll.detach())
+            if weights[role] < 0 and float(nll.detach()) > nll_clip:
+                nll = torch.tensor(nll_clip, dtype=torch.float64)
+                num_beyond += 1
+            total = total + weights[role] * nll
+            if role == Role.DEVIATION:
+                pushed = pushed - torch.log(1 - p_target)
+    loss = total + unlikelihood * pushed
+    loss.backward()
+    return {
+        "loss": float(loss.detach()),
+        "unlikelihood": float(pushed.detach()),
+        "counts": counts,
+        "sums": sums,
+        "num_beyond": num_beyond,
+        "gradients": {
+            f"lm.{name}": parameter.grad.numpy().copy()
+            for name, parameter in model.named_parameters()
+        },
+    }
+
+
+def reference_gradients(
+    state: dict[str, np.ndarray], *, tied: bool, traces: list[int], dtype: torch.dtype
+) -> tuple[dict[int, dict[str, np.ndarray]], np.ndarray, np.ndarray]:
+    """Gradient of S_k for every role k, trace by trace, on the stock model.
+
+    Returns:
+        gradients[role][name], S_k as float64[5], N_k as int64[5].
+    """
+    model = stock_model(state, tied=tied, dtype=dtype)
     everything = make_traces()
     sums, counts = np.zeros(5), np.zeros(5, dtype=np.int64)
     gradients: dict[int, dict[str, np.ndarray]] = {}
@@ -253,12 +328,13 @@ class Quiet:
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.values: dict[str, float] = {}
 
     def say(self, text: str) -> None:
         self.lines.append(text)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        pass
+        self.values |= values
 
     def progress(self, step: int, values: dict[str, float]) -> None:
         pass
@@ -366,27 +442,34 @@ def poisoned_run(
     }
 
 
-def save_pretrained_folder(folder: str, *, rows: int, tied: bool) -> None:
-    """A tiny Llama folder with `rows` embedding rows, on the calling process alone."""
+def save_pretrained_folder(folder: str, *, rows: int, tied: bool, family: str = "llama") -> None:
+    """A tiny model folder with `rows` embedding rows, on the calling process alone."""
     import transformers
 
     keys = model_keys(tied)
     keys.pop("model_type")
     torch.manual_seed(7)
-    config = transformers.LlamaConfig(**keys, vocab_size=rows)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    kind = {"llama": transformers.LlamaConfig, "phi": transformers.PhiConfig}[family]
+    model = transformers.AutoModelForCausalLM.from_config(kind(**keys, vocab_size=rows))
+    if family == "phi":
+        model.lm_head.bias.data.normal_()
+    model.save_pretrained(folder)
 
 
-def load_folder(folder: str, *, undo_id: int, dtype: str) -> dict[str, Any]:
+def load_folder(
+    folder: str, *, undo_id: int, dtype: str, init: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Load a folder under ZeRO-3 with ranks seeded differently; the weights the engine holds."""
     import torch.distributed as dist
 
     from nmar_ds.config import ModelSection, deepspeed_config
     from nmar_ds.model.loading import load_model
     from nmar_ds.model.training_model import UndoTrainingModel
+    from nmar_ds.model.undo_init import UndoInit
     from nmar_ds.training.engine import Engine, make_optimizer
 
     config, _ = settings(2, global_rows=4, persistence=0, learning_rate=0.05)
+    undo_init = UndoInit(**(init or {}))
     section = ModelSection(path=folder, dtype=dtype)
     config = config.model_copy(update={"model": section})
     ds_settings = deepspeed_config(config, world_size=dist.get_world_size())
@@ -398,6 +481,7 @@ def load_folder(folder: str, *, undo_id: int, dtype: str) -> dict[str, Any]:
         undo_id=undo_id,
         ids=ids,
         seed=100 + dist.get_rank(),  # new rows sampled per rank would differ
+        undo_init=undo_init,
     )
     model = UndoTrainingModel(loaded.model)
     engine = Engine(model, ds_settings, make_optimizer(model, config.optimizer))
@@ -405,4 +489,5 @@ def load_folder(folder: str, *, undo_id: int, dtype: str) -> dict[str, Any]:
         "weights": {n: v.float().numpy() for n, v in engine.full_weights().items()},
         "vocab_size": engine.module.lm.config.vocab_size,  # type: ignore[union-attr]
         "report": loaded.undo_row,
+        "norms": undo_row_norms(engine, undo_id + 1, undo_init.excluded_ids),
     }

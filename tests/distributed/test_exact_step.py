@@ -155,3 +155,71 @@ def test_safety_gap_b_fails_by_the_predicted_amount_under_trained(two_ranks: Ran
     assert gap(seen, predicted) < TOLERANCE
     plain = {n: value / total for n, value in parts[DEVIATION].items()}
     assert gap(seen, plain) > 0.01, "the two denominators must be told apart"
+
+
+OPTIONS = {
+    "negative": ([0.0, 1.0, -0.5, 1.0, 2.0], {"nll_clip": 4.0}, "common"),
+    "unlikelihood": (MSFT, {"unlikelihood": 0.7}, "trained"),
+    "both": ([0.0, 1.0, -0.5, 1.0, 1.0], {"nll_clip": 4.0, "unlikelihood": 0.7}, "sum"),
+    "traces": (MSFT, {}, "traces"),
+}
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("case", OPTIONS)
+def test_objective_options_on_one_rank_and_on_two(
+    one_rank: RankPool, two_ranks: RankPool, case: str, tied: bool
+) -> None:
+    """1 rank x GAS 4 = 2 ranks x GAS 2 = one trace at a time, in full and unclipped gradients."""
+    weights, options, kind = OPTIONS[case]
+    arguments = {"tied": tied, "weights": weights, "options": options, "denominator": kind}
+    single = on_first(one_rank.run(cases.train_step, **arguments))
+    double = on_first(two_ranks.run(cases.train_step, **arguments))
+    assert (single["micro_batches"], double["micro_batches"]) == (4, 2)
+    assert single["traces"] == double["traces"]
+    expected = cases.reference_objective(
+        single["before"], tied=tied, traces=single["traces"], weights=weights, **options
+    )
+    _, prefix, wrong, undo, right = expected["counts"].tolist()
+    divisor = {
+        "common": prefix + wrong + undo + right,
+        "trained": prefix + undo + right + 0.7 * wrong,
+        "sum": 1,
+        "traces": len(single["traces"]),
+    }[kind]
+    if "nll_clip" in options:
+        assert 0 < expected["num_beyond"] < wrong, "some beyond the clip, some not"
+    gradients = {name: value / divisor for name, value in expected["gradients"].items()}
+    for result in (single, double):
+        assert gap(result["gradients"], gradients) < TOLERANCE
+        assert result["loss"] == pytest.approx(expected["loss"] / divisor, rel=TOLERANCE)
+        logged = result["logged"]
+        assert logged["loss/total"] == pytest.approx(expected["loss"] / divisor, rel=TOLERANCE)
+        assert ("loss/unlikelihood" in logged) == ("unlikelihood" in options)
+        if options:
+            plain = expected["sums"][DEVIATION]
+            assert logged["sums/deviation"] == pytest.approx(plain, rel=TOLERANCE)
+        if "unlikelihood" in options:
+            mean = expected["unlikelihood"] / wrong
+            assert logged["loss/unlikelihood"] == pytest.approx(mean, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("persistence", [0, 100_000], ids=["partitioned", "persistent"])
+def test_undo_row_norms_are_those_of_the_weights(
+    two_ranks: RankPool, tied: bool, persistence: int
+) -> None:
+    """Before and after a step, on every rank, while the rows are partitioned."""
+    results = two_ranks.run(cases.train_step, tied=tied, weights=MSFT, persistence=persistence)
+    for result in results:
+        assert result["norms"] == results[0]["norms"]
+        for weights, norms in zip(
+            (result["before"], result["after"]), result["norms"], strict=True
+        ):
+            embedding = weights["lm.model.embed_tokens.weight"].astype(np.float64)
+            head = weights.get("lm.lm_head.weight", embedding).astype(np.float64)
+            lengths = [np.linalg.norm(matrix, axis=1) for matrix in (embedding, head)]
+            undo = [each[cases.UNDO] for each in lengths]
+            known = [each[: cases.UNDO].mean() for each in lengths]
+            assert norms == pytest.approx([*undo, *known], rel=1e-6)
+    assert results[0]["norms"][0] != results[0]["norms"][1], "the step moved the row"

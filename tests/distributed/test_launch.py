@@ -275,9 +275,67 @@ def test_tensorboard_holds_the_promised_curves(whole: tuple[Path, str]) -> None:
         "optimizer/learning_rate", "optimizer/gradient_norm",
         "throughput/tokens_per_second", "throughput/trained_tokens_per_second",
         "throughput/step_seconds", "packing/use",
+        "undo_row/input_norm", "undo_row/output_norm",
+        "undo_row/mean_known_input_norm", "undo_row/mean_known_output_norm",
     }  # fmt: skip
     assert [event.step for event in events.Scalars("loss/total")] == list(range(1, STEPS + 1))
     assert [event.step for event in events.Scalars("heldout/p_undo_at_first_place")] == [0, STEPS]
+    norms = events.Scalars("undo_row/input_norm")
+    assert [event.step for event in norms] == [0, STEPS]
+    assert norms[0].value != norms[1].value
+    assert "undo_row/output_bias" not in tags
+    line = next(line for line in whole[1].splitlines() if line.startswith("undo row  row "))
+    assert f"norm {norms[0].value:.4g} in (mean of known rows " in line
+
+
+def test_a_pretrained_folder_with_a_start_and_an_objective_of_its_own(prepared: Path) -> None:
+    """One step: the run hands start, clip and unlikelihood to model, canary, loop and log."""
+    import torch
+    import transformers
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from nmar_ds.data.store import Store
+
+    tokenizer = Store(prepared / "store" / "train").tokenizer()
+    keys = yaml.safe_load((prepared / "config.yaml").read_text())["model"]["config"]
+    keys.pop("model_type")
+    torch.manual_seed(5)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**keys, vocab_size=tokenizer.size)
+    )
+    model.save_pretrained(prepared / "pretrained")
+    source = int(tokenizer.ordinary_ids()[-1])
+    start = f"{{method: copy, token: '{tokenizer.piece(source)}'}}"
+    weights = "{prefix: 1, deviation: -0.5, undo: 1, correction: 1}"
+    process = launch(
+        prepared,
+        f"output={prepared / 'started'}",
+        f"model={{path: '{prepared / 'pretrained'}', dtype: float32, undo_init: {start}}}",
+        f"objective={{preset: custom, weights: {weights}, denominator: trained}}",
+        "objective.nll_clip=0.25", "objective.unlikelihood=0.75",
+        "training.steps=1", "optimizer.warmup_steps=0",
+        num_ranks=1,
+    )  # fmt: skip
+    output = finish(process)
+    assert process.returncode == 0, output
+    row = f"undo row  copy of {tokenizer.piece(source)!r} (id {source}); spare row reused, "
+    assert row in output, output
+    assert "deviation -0.5, undo 1, correction 1, nll_clip 0.25, unlikelihood 0.75" in output
+    events = EventAccumulator(str(prepared / "started" / "tensorboard"))
+    events.Reload()
+    norm = float(model.model.embed_tokens.weight[source].detach().norm())
+    assert events.Scalars("undo_row/input_norm")[0].value == pytest.approx(norm, rel=1e-6)
+
+    def logged(tag: str) -> float:
+        return events.Scalars(tag)[0].value
+
+    plain = ("prefix", "undo", "correction")
+    num_wrong = logged("targets/deviation")
+    total = sum(logged(f"sums/{role}") for role in plain)
+    # Every loss of a fresh model is about ln(40), far beyond the clip.
+    total += num_wrong * (0.75 * logged("loss/unlikelihood") - 0.5 * 0.25)
+    divisor = sum(logged(f"targets/{role}") for role in plain) + num_wrong * (0.75 + 0.5)
+    assert num_wrong > 0 and logged("loss/total") == pytest.approx(total / divisor, rel=1e-4)
 
 
 @pytest.mark.parametrize(

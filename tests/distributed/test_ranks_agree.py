@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import cases
 import numpy as np
@@ -78,3 +79,63 @@ def test_undo_rows_are_equal_on_all_ranks(
             np.testing.assert_array_equal(loaded[undo_id + 1 :], value[undo_id + 1 :])
         else:
             np.testing.assert_array_equal(loaded, value)
+
+
+STARTS: dict[str, dict[str, Any]] = {
+    "mean": {"noise": 0.3, "seed": 11},
+    "copy": {"method": "copy", "sources": ((7,),), "labels": ("x",)},
+    "semantic": {
+        "method": "semantic", "sources": ((3, 9), (20,)), "labels": ("a", "b"), "noise": 0.1,
+    },
+}  # fmt: skip
+MODELS = [
+    ("llama", True, 60, "mean"),
+    ("llama", False, 60, "semantic"),
+    ("phi", False, 60, "mean"),
+    ("llama", True, 64, "copy"),
+    ("llama", False, 64, "mean"),
+    ("phi", False, 64, "semantic"),
+]
+
+
+@pytest.mark.parametrize(("family", "tied", "rows", "method"), MODELS)
+def test_the_undo_row_starts_alike_for_any_number_of_ranks(
+    one_rank: RankPool,
+    two_ranks: RankPool,
+    tmp_path: Path,
+    *,
+    family: str,
+    tied: bool,
+    rows: int,
+    method: str,
+) -> None:
+    """ZeRO-3 on one rank and on two give, bit for bit, the rows of a plain model; id 60."""
+    import transformers
+
+    from nmar_ds.model.undo_init import UndoInit
+    from nmar_ds.model.vocabulary import add_undo_rows
+
+    folder = str(tmp_path / "model")
+    cases.save_pretrained_folder(folder, rows=rows, tied=tied, family=family)
+    init = {**STARTS[method], "excluded_ids": (0, 1, 60)}
+    if family == "phi":
+        init["output_bias"] = -1.5
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    add_undo_rows(plain, undo_id=60, num_known_rows=min(61, rows), init=UndoInit(**init))
+    expected = {f"lm.{name}": value.detach().numpy() for name, value in plain.named_parameters()}
+    single = one_rank.run(cases.load_folder, folder, undo_id=60, dtype="float32", init=init)
+    double = two_ranks.run(cases.load_folder, folder, undo_id=60, dtype="float32", init=init)
+    embedding = expected["lm.model.embed_tokens.weight"].astype(np.float64)
+    head = embedding if tied else expected["lm.lm_head.weight"].astype(np.float64)
+    norms = [float(np.linalg.norm(matrix[60])) for matrix in (embedding, head)]
+    norms += [float(np.linalg.norm(matrix[2:60], axis=1).mean()) for matrix in (embedding, head)]
+    if family == "phi":
+        bias = expected["lm.lm_head.bias"]
+        norms.append(float(bias[60]))
+        assert bias[60] == pytest.approx(bias[2:60].astype(np.float64).mean() - 1.5, rel=1e-6)
+    for result in (*single, *double):
+        assert result["weights"].keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_array_equal(result["weights"][name], value)
+        assert result["norms"] == pytest.approx(norms, rel=1e-9)
+        assert result["report"].startswith(str(UndoInit(**init)))

@@ -288,7 +288,7 @@ def test_stock_sdpa_with_an_all_ones_mask_is_caught():
         ).logits.flatten(0, 1)
         if mode != "loss":
             return logits[positions_M]
-        return torch.zeros(()), torch.zeros(5), torch.zeros(5)
+        return torch.zeros(()), torch.zeros(5), torch.zeros(5), torch.zeros(())
 
     with pytest.raises(IsolationError, match=r"attention sdpa .* neighbours"):
         run_canary(
@@ -327,13 +327,13 @@ def _shifted(right, hidden, weight, bias, targets, weights, **more):
 
 
 def _factor(right, hidden, weight, bias, targets, weights, **more):
-    loss, nll = right(hidden, weight, bias, targets, weights, **more)
-    return loss * 2, nll
+    loss, *rest = right(hidden, weight, bias, targets, weights, **more)
+    return loss * 2, *rest
 
 
 def _mean(right, hidden, weight, bias, targets, weights, **more):
-    loss, nll = right(hidden, weight, bias, targets, weights, **more)
-    return loss / max(len(targets), 1), nll
+    loss, *rest = right(hidden, weight, bias, targets, weights, **more)
+    return loss / max(len(targets), 1), *rest
 
 
 def _unweighted(right, hidden, weight, bias, targets, weights, **more):
@@ -393,7 +393,9 @@ def test_a_loss_on_other_tokens_is_caught(monkeypatch):
     monkeypatch.setattr(
         training_model,
         "_trained",
-        lambda targets, weights, roles: right(targets, weights.roll(1) * (targets >= 0), roles),
+        lambda trained, targets, weights, roles: right(
+            trained.roll(1) & (targets >= 0), targets, weights.roll(1) * (targets >= 0), roles
+        ),
     )
     with pytest.raises(IsolationError, match=r"row \d, its targets: loss"):
         _run(UndoTrainingModel(build()))

@@ -13,6 +13,7 @@ import yaml
 
 from nmar_ds.config import RunConfig, Section, deepspeed_config, load_config
 from nmar_ds.errors import ConfigError
+from nmar_ds.model.weighting import LossOptions
 
 FULL: dict[str, Any] = {
     "name": "run-1",
@@ -45,16 +46,25 @@ FULL: dict[str, Any] = {
         },
     },
     "model": {
-        "path": None,
-        "config": {"model_type": "llama", "hidden_size": 32},
+        "path": "model",
+        "config": None,
         "dtype": "float32",
         "activation_checkpointing": True,
         "pad_vocab_to_multiple_of": 8,
+        "undo_init": {
+            "method": "copy",
+            "token": " undo",
+            "anchors": [],
+            "noise": 0.5,
+            "output_bias": -1.5,
+        },
     },
     "objective": {
         "preset": "custom",
-        "weights": {"prefix": 1.0, "deviation": 0.0, "undo": 2.0, "correction": 0.5},
+        "weights": {"prefix": 1.0, "deviation": -0.1, "undo": 2.0, "correction": 0.5},
         "denominator": "sum",
+        "nll_clip": 4.0,
+        "unlikelihood": 0.25,
     },
     "optimizer": {
         "name": "sgd",
@@ -89,6 +99,7 @@ FULL: dict[str, Any] = {
     },
 }
 
+NEGATIVE = "{prefix: 1, deviation: -0.5, undo: 1, correction: 1}"
 SMALL = """name: a
 output: o
 tokenizer: {path: t}
@@ -259,6 +270,18 @@ def test_values_of_the_wrong_type_are_refused_where_they_stand(
         ("objective={preset: custom, weights: {prefix: -1}}", "prefix"),
         ("objective={preset: custom, weights: {prefix: .nan}}", "finite"),
         ("objective.denominator=mean", "denominator"),
+        ("objective.nll_clip=3.0", "objective.nll_clip: 3.0, but no weight is negative"),
+        ("objective.nll_clip=0", "nll_clip"),
+        ("objective.unlikelihood=0", "unlikelihood"),
+        ("objective.unlikelihood=-1", "unlikelihood"),
+        (f"objective={{preset: custom, weights: {NEGATIVE}}}", "set objective.nll_clip"),
+        ("model.undo_init={method: copy}", "lacks `token`"),
+        ("model.undo_init={method: semantic}", "lacks `anchors`"),
+        ("model.undo_init={token: a}", "method mean does not use `token`"),
+        ("model.undo_init={method: copy, token: a, anchors: [b]}", "does not use `anchors`"),
+        ("model.undo_init={noise: -0.1}", "noise"),
+        ("model.undo_init={method: random}", "method"),
+        ("model={config: {model_type: llama}, undo_init: {}}", "nothing to initialise from"),
         ("training.epochs=1", "exactly one of `epochs` and `steps`"),
         ("training.steps=null", "exactly one of `epochs` and `steps`"),
         ("training={epochs: .inf, global_batch_rows: 1}", "finite"),
@@ -309,6 +332,17 @@ def test_every_semantics_is_accepted(tmp_path: Path) -> None:
         section = load_config(write(tmp_path, SMALL + yaml.safe_dump({"undo": undo}))).undo
         assert section.semantics == undo.get("semantics", "token")
         assert section.boundaries == undo.get("boundaries", [])
+
+
+def test_a_negative_weight_and_unlikelihood_with_what_they_need(tmp_path: Path) -> None:
+    path = write(tmp_path, SMALL)
+    negative = f"objective={{preset: custom, weights: {NEGATIVE}, nll_clip: 3}}"
+    assert load_config(path, [negative]).objective.options == LossOptions(nll_clip=3.0)
+    both = load_config(path, [negative, "objective.unlikelihood=0.5"]).objective.options
+    assert both == LossOptions(nll_clip=3.0, unlikelihood=0.5)
+    only = load_config(path, ["objective.unlikelihood=2"]).objective.options
+    assert only == LossOptions(unlikelihood=2.0)
+    assert load_config(path).objective.options == LossOptions()
 
 
 def test_overrides_replace_and_create(tmp_path: Path) -> None:

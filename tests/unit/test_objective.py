@@ -15,7 +15,7 @@ from nmar_ds.model.objective import (
     token_weights,
     weighted_cross_entropy,
 )
-from nmar_ds.model.weighting import denominator, role_weights
+from nmar_ds.model.weighting import LossOptions, denominator, role_weights, trained_roles
 from nmar_ds.traces.schema import NO_ROLE
 
 torch.set_num_threads(1)
@@ -54,7 +54,7 @@ def _naive(hidden, weight, bias, targets, weights):
 )
 def test_loss_and_gradients_equal_naive(num_rows, chunk_size, zero_rows, bias, seed):
     inputs = _problem(num_rows, zero_rows=zero_rows, bias=bias, seed=seed)
-    loss, nll = weighted_cross_entropy(*inputs, chunk_size=chunk_size)
+    loss, nll, _ = weighted_cross_entropy(*inputs, chunk_size=chunk_size)
     expected, expected_nll = _naive(*inputs)
     assert loss.dtype == nll.dtype == torch.float64
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
@@ -78,7 +78,7 @@ def test_gradcheck():
 @pytest.mark.parametrize("chunk_size", [7, 64])
 def test_float32(chunk_size):
     inputs = _problem(50, torch.float32)
-    loss, nll = weighted_cross_entropy(*inputs, chunk_size=chunk_size)
+    loss, nll, _ = weighted_cross_entropy(*inputs, chunk_size=chunk_size)
     expected, _ = _naive(*inputs)
     assert loss.dtype == nll.dtype == torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -94,7 +94,7 @@ def test_float32(chunk_size):
 def test_bfloat16_sums_in_float32():
     """The loss and the sum over chunks of the weight's gradient keep float32's precision."""
     inputs = _problem(2000, torch.bfloat16)
-    loss, nll = weighted_cross_entropy(*inputs, chunk_size=4)
+    loss, nll, _ = weighted_cross_entropy(*inputs, chunk_size=4)
     expected, _ = _naive(*inputs)
     assert loss.dtype == nll.dtype == torch.float32
     # the only error is that of each row's bfloat16 logits
@@ -113,11 +113,11 @@ def test_zero_weight_rows_give_exactly_nothing():
     dead = weights == 0
     assert 0 < dead.sum() < 12
     clean = [t.detach().clone().requires_grad_() for t in (hidden, weight, bias)]
-    loss, _ = weighted_cross_entropy(*clean, targets, weights)
+    loss, *_ = weighted_cross_entropy(*clean, targets, weights)
     expected = torch.autograd.grad(loss, clean)
     with torch.no_grad():
         hidden[dead] = torch.tensor([torch.inf, torch.nan] * (H // 2))
-    loss_beside, nll = weighted_cross_entropy(hidden, weight, bias, targets, weights)
+    loss_beside, nll, _ = weighted_cross_entropy(hidden, weight, bias, targets, weights)
     ours = torch.autograd.grad(loss_beside, (hidden, weight, bias))
     assert torch.equal(loss, loss_beside)
     assert not torch.isfinite(nll[dead]).any()
@@ -128,7 +128,7 @@ def test_zero_weight_rows_give_exactly_nothing():
 def test_all_rows_of_weight_zero_and_no_rows():
     for num_rows in (0, 3):
         hidden, weight, bias, targets, weights = _problem(num_rows, zero_rows=1.0)
-        loss, nll = weighted_cross_entropy(hidden, weight, bias, targets, weights)
+        loss, nll, _ = weighted_cross_entropy(hidden, weight, bias, targets, weights)
         assert loss.item() == 0.0
         assert nll.shape == (num_rows,)
         for gradient in torch.autograd.grad(loss, (hidden, weight, bias)):
@@ -137,7 +137,7 @@ def test_all_rows_of_weight_zero_and_no_rows():
 
 def test_nll_is_detached():
     hidden, weight, bias, targets, weights = _problem(4)
-    loss, nll = weighted_cross_entropy(hidden, weight, bias, targets, weights)
+    loss, nll, _ = weighted_cross_entropy(hidden, weight, bias, targets, weights)
     assert loss.requires_grad
     assert not nll.requires_grad
 
@@ -146,7 +146,7 @@ def test_nll_is_detached():
 def test_no_gradient_is_formed_where_none_is_wanted(frozen, monkeypatch):
     inputs = list(_problem(6))
     inputs[frozen].requires_grad_(False)
-    loss, _ = weighted_cross_entropy(*inputs)
+    loss, *_ = weighted_cross_entropy(*inputs)
     wanted = [tensor for tensor in inputs[:3] if tensor.requires_grad]
     expected, _ = _naive(*inputs)
     for a, b in zip(
@@ -159,7 +159,7 @@ def test_no_grad_skips_the_gradient_work(monkeypatch):
     inputs = _problem(6)
     with torch.no_grad():
         monkeypatch.setattr(torch.Tensor, "scatter_add_", None)  # only the gradients need it
-        loss, _ = weighted_cross_entropy(*inputs)
+        loss, *_ = weighted_cross_entropy(*inputs)
     assert not loss.requires_grad
     monkeypatch.undo()
     assert loss.item() == pytest.approx(_naive(*inputs)[0].item())
@@ -178,7 +178,7 @@ def test_target_outside_the_head_is_named(bad):
 
 def test_large_logits_do_not_overflow():
     hidden, weight, bias, targets, weights = _problem(5, torch.float32)
-    loss, _ = weighted_cross_entropy(hidden * 1e4, weight, bias, targets, weights)
+    loss, *_ = weighted_cross_entropy(hidden * 1e4, weight, bias, targets, weights)
     assert torch.isfinite(loss)
     (gradient,) = torch.autograd.grad(loss, [weight])
     assert torch.isfinite(gradient).all()
@@ -211,12 +211,46 @@ def test_presets():
         ("custom", dict(prefix=1, deviation=-1, undo=1, correction=1), "deviation: -1.0.*nll_clip"),
         ("custom", dict(prefix=1, deviation=float("nan"), undo=1, correction=1), "finite"),
         ("custom", dict(prefix=0, deviation=0, undo=0, correction=0), "all are 0"),
+        ("custom", dict(prefix=-1, deviation=0, undo=1, correction=1), "prefix: -1.0.*nll_clip"),
         ("custom", dict(prefix=1, deviaton=0, undo=0, correction=0), "expected deviation"),
     ],
 )
 def test_wrong_weights_are_refused(preset, custom, message):
     with pytest.raises(ConfigError, match=message):
         role_weights(preset, custom)
+
+
+def test_a_negative_weight_needs_a_clip_and_a_clip_a_negative_weight():
+    custom = dict(prefix=1, deviation=-0.5, undo=1, correction=1)
+    clipped = LossOptions(nll_clip=2.0)
+    assert role_weights("custom", custom, clipped).tolist() == [0, 1, -0.5, 1, 1]
+    with pytest.raises(ConfigError, match=r"objective.nll_clip: 2.0, but no weight is negative"):
+        role_weights("msft", None, clipped)
+    with pytest.raises(ConfigError, match=r"deviation: -0.5.*set objective.nll_clip"):
+        role_weights("custom", custom, LossOptions(unlikelihood=1.0))
+
+
+def test_unlikelihood_trains_the_deviations_whatever_their_weight():
+    push = LossOptions(unlikelihood=0.3)
+    assert trained_roles(role_weights("msft")).tolist() == [False, True, False, True, True]
+    assert trained_roles(role_weights("msft"), push).tolist() == [False, True, True, True, True]
+    nothing = dict(prefix=0, deviation=0, undo=0, correction=0)
+    assert not role_weights("custom", nothing, push).any()  # the push alone is something
+
+
+def test_denominators_with_options():
+    """By hand: N = (x 100, p 10, e 7, b 5, c 3), 4 traces."""
+    counts = np.array([100, 10, 7, 5, 3])
+    options = LossOptions(unlikelihood=0.25)
+    for weights, trained in [
+        (role_weights("msft"), 10 + 5 + 3 + 0.25 * 7),
+        (role_weights("sft"), 10 + 7 + 5 + 3 + 0.25 * 7),
+        (np.array([0, 1, -0.5, 1, 2.0]), 10 + 0.5 * 7 + 5 + 2 * 3 + 0.25 * 7),
+    ]:
+        assert denominator("trained", counts, weights, 4, options) == trained
+        assert denominator("common", counts, weights, 4, options) == 25
+        assert denominator("traces", counts, weights, 4, options) == 4
+        assert denominator("sum", counts, weights, 4, options) == 1
 
 
 def test_denominators():

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny_models import build
 
 from nmar_ds.config import RunConfig
 from nmar_ds.data.prepare import prepare_run
 from nmar_ds.data.store import manifest_checksum, write_store
 from nmar_ds.errors import CheckpointError, ConfigError, StoreError
+from nmar_ds.model.undo_init import MEAN
 from nmar_ds.traces.boundaries import machine_of
 from nmar_ds.traces.encoding import Tokenizer
 from nmar_ds.traces.reduction import Machine
@@ -42,6 +44,8 @@ TRAIN = [
     [X, E, E],  # has no target that mSFT trains
 ]
 HELDOUT = [[X, P, P], [X, P, P, P]]
+NEGATIVE = {"prefix": 1.0, "deviation": -0.5, "undo": 1.0, "correction": 1.0}
+NEW_FACTS = ("objective.nll_clip", "objective.unlikelihood", "model.undo_init")
 
 
 def trace(roles: list[int], seed: int) -> Trace:
@@ -314,6 +318,31 @@ def test_the_summary_has_the_numbers(stores: Path) -> None:
     assert "untrained" not in "\n".join(plan_run(run).summary(run))
 
 
+@pytest.mark.parametrize(
+    ("objective", "untrained", "share", "said"),
+    [
+        ({}, [5], "54.5%", ""),  # 10 + 3 + 5 of 33 tokens
+        ({"unlikelihood": 0.5}, [], "69.7%", ", unlikelihood 0.5"),  # and 5 more
+        (
+            {"preset": "custom", "weights": NEGATIVE, "nll_clip": 3.0},
+            [],
+            "69.7%",
+            "deviation -0.5, undo 1, correction 1, nll_clip 3",
+        ),
+    ],
+)
+def test_pushing_a_deviation_away_is_training_it(
+    stores: Path, objective: dict[str, Any], untrained: list[int], share: str, said: str
+) -> None:
+    run = config(stores, objective=objective)
+    plan = plan_run(run)
+    assert plan.untrained == untrained
+    summary = "\n".join(plan.summary(run))
+    assert f"{share} of them trained" in summary
+    assert f"{said}\n" in summary + "\n"
+    assert ("untrained 1 traces" in summary) == bool(untrained)
+
+
 def facts(folder: Path, **changes: Any) -> dict[str, Any]:
     return plan_run(config(folder, **changes)).facts
 
@@ -330,11 +359,25 @@ def test_facts_are_plain_repeatable_and_name_what_changed(stores: Path) -> None:
         ({"optimizer__warmup_steps": 1}, {"optimizer.warmup_steps"}),
         ({"objective__preset": "sft"}, {"objective.preset"}),
         ({"objective__denominator": "trained"}, {"objective.denominator"}),
+        ({"objective__unlikelihood": 0.5}, {"objective.unlikelihood"}),
         ({"model__dtype": "float32"}, {"model.dtype"}),
         ({"model__config": {"model_type": "llama", "hidden_size": 8}}, {"model.config"}),
     ]:
         second = facts(stores, **changes)
         assert {key for key in first | second if first.get(key) != second.get(key)} == changed
+    negative = {"preset": "custom", "weights": NEGATIVE, "nll_clip": 3.0}
+    first = facts(stores, objective=negative)
+    second = facts(stores, objective={**negative, "nll_clip": 4.0})
+    assert {key for key in first if first[key] != second[key]} == {"objective.nll_clip"}
+    with pytest.raises(CheckpointError, match=r"objective.nll_clip was 3.0, is 4.0"):
+        check_same_run(first, second, stores)
+    first = facts(stores)
+    with pytest.raises(CheckpointError, match=r"objective.unlikelihood was None, is 0.5"):
+        check_same_run(first, facts(stores, objective__unlikelihood=0.5), stores)
+    # A checkpoint of a version that had no such options is one without them.
+    old = {key: value for key, value in first.items() if key not in NEW_FACTS}
+    assert len(old) == len(first) - 3
+    check_same_run(old, first, stores)
     # These may change from one start to the next.
     for changes in ({"output": "elsewhere"}, {"training__log_every": 3},
                     {"training__micro_batch_rows": 3}, {"name": "other"}):  # fmt: skip
@@ -391,3 +434,36 @@ def test_what_prepare_writes_is_what_a_run_asks_for(
     assert all("up to date" in line for line in list(prepare_run(run))[1:])
     again = plan_run(run)
     assert again.facts == plan.facts
+
+
+def test_the_start_of_the_undo_row_is_resolved_for_a_folder(
+    stores: Path, tmp_path: Path, small_tokenizer: Tokenizer
+) -> None:
+    folder = tmp_path / "model"
+    build(vocab_size=small_tokenizer.size).save_pretrained(folder)
+    number = int(small_tokenizer.ordinary_ids()[7])
+    section = {"method": "copy", "token": small_tokenizer.piece(number)}
+    plan = plan_run(config(stores, model={"path": str(folder), "undo_init": section}))
+    assert (plan.undo_init.sources, plan.undo_init.seed) == (((number,),), 5)
+    assert plan.facts["model.undo_init"] == {
+        **section, "anchors": [], "noise": 0.0, "output_bias": 0.0
+    }  # fmt: skip
+    assert json.loads(json.dumps(plan.facts)) == plan.facts
+    plain = plan_run(config(stores, model={"path": str(folder)}))
+    assert plain.undo_init.method == "mean" and plain.facts["model.undo_init"] is None
+    assert small_tokenizer.eos_id in plain.undo_init.excluded_ids
+    with pytest.raises(CheckpointError, match=r"model.undo_init was {.*}, is None"):
+        check_same_run(plan.facts, plain.facts, stores)
+    assert plan_run(config(stores)).undo_init == MEAN
+
+
+def test_a_trained_undo_row_is_not_started_again(
+    stores: Path, tmp_path: Path, small_tokenizer: Tokenizer
+) -> None:
+    folder = tmp_path / "exported"
+    build(vocab_size=small_tokenizer.size).save_pretrained(folder)
+    facts = {"tokenizer_fingerprint": small_tokenizer.fingerprint}
+    (folder / "nmar.json").write_text(json.dumps(facts), encoding="utf-8")
+    assert plan_run(config(stores, model={"path": str(folder)})).total_steps == 6
+    with pytest.raises(ConfigError, match=r"^model.undo_init: .*exported: <UNDO> is trained alre"):
+        plan_run(config(stores, model={"path": str(folder), "undo_init": {}}))

@@ -11,6 +11,7 @@ import transformers
 from tiny_models import FAMILIES, VOCAB, build
 
 from nmar_ds.errors import ConfigError, VocabularyError
+from nmar_ds.model.undo_init import UndoInit
 from nmar_ds.model.vocabulary import add_undo_rows
 
 torch.set_num_threads(1)
@@ -63,7 +64,7 @@ def test_one_row_is_added(family, tied):
     _check(model, before, undo_id=VOCAB, num_known_rows=VOCAB, rows=VOCAB + 1)
     assert (report.rows_before, report.rows_after) == (VOCAB, VOCAB + 1)
     assert (report.reused_spare_row, report.tied) == (False, tied)
-    assert str(report).startswith(f"resized from {VOCAB} to {VOCAB + 1} rows")
+    assert f"mean of the known rows; resized from {VOCAB} to {VOCAB + 1} rows" in str(report)
     _run(model, VOCAB)
 
 
@@ -80,7 +81,7 @@ def test_a_spare_row_is_reused_and_nothing_shrinks(family, tied, undo_id, monkey
     monkeypatch.setattr(type(model), "resize_token_embeddings", None)  # must not be called
     report = add_undo_rows(model, undo_id=undo_id, num_known_rows=50)
     assert report.reused_spare_row
-    assert str(report).startswith(f"spare row reused, {VOCAB} rows")
+    assert f"; spare row reused, {VOCAB} rows" in str(report)
     _check(model, before, undo_id=undo_id, num_known_rows=50, rows=VOCAB)
     _run(model, undo_id)
 
@@ -173,12 +174,35 @@ def test_training_reaches_the_new_row():
         (dict(undo_id=5, num_known_rows=62), VocabularyError, "61 embedding rows, .* 62 tokens"),
         (dict(undo_id=5, num_known_rows=0), VocabularyError, "61 embedding rows"),
         (dict(undo_id=-1, num_known_rows=61), VocabularyError, "undo id -1"),
-        (dict(undo_id=5, num_known_rows=61, init="random"), ConfigError, "undo row: 'random'"),
+        (dict(undo_id=0, num_known_rows=1), VocabularyError, "none of the 1 tokens"),
+        (
+            dict(undo_id=61, num_known_rows=2, init=UndoInit(excluded_ids=(0, 1))),
+            VocabularyError,
+            "none of the 2 tokens is an ordinary one beside undo id 61",
+        ),
+        *(
+            (
+                dict(
+                    undo_id=5, num_known_rows=40, init=UndoInit(sources=((3, bad),), labels=("a",))
+                ),
+                VocabularyError,
+                f"id {bad} has no known row, expected one of the 40 tokens",
+            )
+            for bad in (-1, 5, 40)
+        ),
+        (
+            dict(undo_id=5, num_known_rows=61, init=UndoInit(output_bias=-2.0)),
+            ConfigError,
+            "output_bias: -2, but the head of LlamaForCausalLM has no bias; drop it",
+        ),
     ],
 )
 def test_impossible_requests_are_refused(arguments, error, message):
+    model = build()
+    before = _copy(model)
     with pytest.raises(error, match=message):
-        add_undo_rows(build(), **arguments)
+        add_undo_rows(model, **arguments)
+    assert all(a is b or torch.equal(a, b) for a, b in zip(_copy(model), before, strict=True))
 
 
 def test_a_head_of_another_size_is_refused():
