@@ -18,6 +18,7 @@ from nmar_ds.traces.encoding import (
     Tokenizer,
     fingerprint_of,
 )
+from nmar_ds.traces.schema import IdArray
 
 WORD_MARK = "\u2581"
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -92,7 +93,7 @@ class JsonVocabulary(Tokenizer):
         return pieces.index(unknown) if unknown in pieces else None
 
     def _set_ids(self) -> None:
-        settings = _settings(self.path.parent)
+        settings = read_settings(self.path.parent)
         named = {
             name: self._special_id(settings.get(f"{name}_token"), f"{name}_token")
             for name in ("bos", "eos", "pad")
@@ -130,6 +131,11 @@ class JsonVocabulary(Tokenizer):
             return bool(text) and text[0] not in (" ", WORD_MARK)
         return bool(text) and self._prefix_kind == "always"
 
+    def plain_decode(self, ids: IdArray) -> str:
+        """Decode the start of a text by the library itself, as transformers does."""
+        text: str = self._start.decode(ids.tolist(), skip_special_tokens=False)
+        return text
+
     def save(self, folder: str | Path) -> Path:
         """Copy tokenizer.json and the files that name its special tokens."""
         folder = Path(folder)
@@ -144,7 +150,7 @@ class JsonVocabulary(Tokenizer):
         """Copy the files; the configuration is completed with the undo token."""
         folder = Path(folder)
         self.save(folder)
-        settings = _settings(self.path.parent)
+        settings = read_settings(self.path.parent)
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         # With it a literal `<UNDO>` in a prompt stays text in plain transformers too; but a chat
         # template's own `<|im_start|>` would be spelt out as well, so not where there is one.
@@ -188,7 +194,7 @@ def add_special_token(file: Path, destination: Path, undo_token: str) -> Path:
     for name in SIDE_FILES:
         if (file.parent / name).is_file() and destination.resolve() != file.parent.resolve():
             shutil.copyfile(file.parent / name, destination / name)
-    settings = _settings(destination)
+    settings = read_settings(destination)
     write_settings(destination, settings, undo_token)
     return destination / TOKENIZER_JSON
 
@@ -236,6 +242,9 @@ def without_prefix_space(spec: dict[str, Any]) -> tuple[dict[str, Any], str]:
         if kind == "Prepend":
             found.add("always")
             node["prepend"] = ""
+        pattern = node.get("pattern")
+        if kind == "Replace" and str(pattern.get("Regex", "")).startswith(f"\\A{WORD_MARK}("):
+            node["pattern"] = {"Regex": r"(?!)"}  # takes back a prefix that is no longer there
         return node
 
     copied = dict(spec)
@@ -253,7 +262,7 @@ def _open(spec: dict[str, Any], file: Path) -> Any:
     return tokenizer
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def read_settings(folder: Path) -> dict[str, Any]:
     """Read what names the special tokens; the configuration wins over the older map."""
     settings: dict[str, Any] = {}
     for name in ("special_tokens_map.json", TOKENIZER_CONFIG):
@@ -304,8 +313,11 @@ def _byte_table(
             f"{file}: decodes with {sorted(decoders - {'None'}) or 'nothing'}, expected a "
             "byte-level or a Metaspace decoder, whose tokens spell the text exactly"
         )
+    # A token that is matched after normalising has its spaces marked as other pieces do.
+    marked = {n for n, token in added.items() if token["normalized"] and not token["special"]}
+    plain = added.keys() - (marked if "ByteLevel" not in decoders else set())
     return [
-        added[number]["content"].encode("utf-8") if number in added else spell(piece)
+        added[number]["content"].encode("utf-8") if number in plain else spell(piece)
         for number, piece in enumerate(pieces)
     ]
 

@@ -217,7 +217,7 @@ def _fill_pool(paths: Sequence[Path], job: _Job) -> None:
             if record.segments:
                 continue
             try:
-                encoded = encode_record(record, job.tokenizer)
+                encoded = encode_record(record, job.tokenizer.unchecked)
             except TraceError:
                 continue
             for turn in encoded.turns:
