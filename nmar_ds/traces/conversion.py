@@ -148,7 +148,8 @@ def _require_convertible(tokenizer: SentencePieceVocabulary) -> None:
 def _unigram(model: Any) -> Any:
     kept = _without_last_controls(model)
     normal = {p.piece: float(p.score) for p in kept if p.type == NORMAL}
-    best, lowest = max(normal.values()), min(normal.values()) - UNKNOWN_PENALTY
+    # SentencePiece looks for the best score from FLT_MIN on, so it is never below 0.
+    best, lowest = max(0.0, *normal.values()), min(normal.values()) - UNKNOWN_PENALTY
     symbols = {
         # The bonus that makes SentencePiece choose them always.
         p.piece: len(p.piece.encode("utf-8")) * best - SYMBOL_DISCOUNT

@@ -14,6 +14,7 @@ need care, and are refused where they cannot be put in an order (`_ordered`).
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
@@ -179,7 +180,7 @@ def _merged(length: int, order: Sequence[tuple[int, int]]) -> list[int]:
     while True:
         found = [
             (rank[pair], place)
-            for place, pair in enumerate(zip(parts, parts[1:], strict=False))
+            for place, pair in enumerate(itertools.pairwise(parts))
             if pair in rank
         ]
         if not found:

@@ -116,8 +116,9 @@ class SentencePieceVocabulary(Tokenizer):
         text = token.get("content") if isinstance(token, dict) else token
         if text is None:
             return own if own >= 0 else None
+        kinds = (CONTROL, UNKNOWN) if name == "pad" else (CONTROL,)
         for number, piece in enumerate(self.model.pieces):
-            if piece.piece == text and piece.type in (CONTROL, UNKNOWN):
+            if piece.piece == text and piece.type in kinds:
                 return number
         raise VocabularyError(
             f"{self.path.parent / TOKENIZER_CONFIG}: {name}_token: {text!r} is no control piece of "
