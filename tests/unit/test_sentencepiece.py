@@ -272,7 +272,7 @@ def test_trained_models_with_specials_in_front(
     """Controls at 1 to 4, user-defined symbols, dummy prefix, with and without bytes."""
     with (tmp_path / "a.model").open("wb") as writer:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter([text + " <[ sep ]0x123456789ABCDEFunk/>" for text in corpus()]),
+            sentence_iterator=iter([text + " <[ i sep ad o ]0x123456789ABCDEFunk/>" for text in corpus()]),
             model_writer=writer, vocab_size=420 if byte_fallback else 150, model_type=model_type,
             normalization_rule_name="identity", remove_extra_whitespaces=False,
             control_symbols=["[sep]", "<so>"], user_defined_symbols=["is", "[add]"],
