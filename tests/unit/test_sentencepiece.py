@@ -426,3 +426,13 @@ def test_every_kind_of_difference_is_seen(
         real_checked.encode("the answer is", continuation=False),
         inner.encode("the answer is", continuation=False),
     )
+
+
+def test_a_symbol_of_a_unigram_model_wins_as_in_sentencepiece(tmp_path: Path) -> None:
+    pieces = [("a", -5.0, NORMAL), ("b", -6.0, NORMAL), ("\u2581", -7.0, NORMAL)]
+    pieces += [("abb", -9.0, NORMAL), ("bb", 0.0, SYMBOL)]
+    path = write_model(tmp_path / "a.model", pieces, unigram=True)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    compared = converted(add_undo(path, tmp_path / "b.model"), tmp_path / "hf")
+    ids = compared.encode("abb a", continuation=False).tolist()
+    assert ids == reference.encode("abb a") and compared.piece(ids[1]) == "bb"
