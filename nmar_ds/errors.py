@@ -50,7 +50,13 @@ class TraceError(NmarError):
 
 
 class VocabularyError(NmarError):
-    """Tokenizer, embedding rows and stored ids that do not fit each other."""
+    """Tokenizer, embedding rows and stored ids that do not fit each other.
+
+    Attributes:
+        expected: what a record should have held instead, where a text is at fault.
+    """
+
+    expected = "text in the tokenizer's alphabet"
 
 
 class NoUndoTokenError(VocabularyError):

@@ -13,6 +13,8 @@ from nmar_ds.errors import ConfigError, NoUndoTokenError, StoreError
 from nmar_ds.files import sha256_file
 from nmar_ds.traces.chat import ChatTemplate
 from nmar_ds.traces.encoding import Tokenizer, add_undo, load_tokenizer, train_sentencepiece
+from nmar_ds.traces.json_vocabulary import JsonVocabulary
+from nmar_ds.traces.parity import checked
 from nmar_ds.traces.prepare import prepare_store
 from nmar_ds.traces.records import read_records
 from nmar_ds.training.planning import asked_settings, made_settings, store_folder
@@ -126,6 +128,18 @@ def prepare_run(config: RunConfig) -> Iterator[str]:
     yield f"tokenizer {config.tokenizer.path}: {tokenizer.size} ids, {origin}"
     asked = config.data.chat
     chat = None if asked is None else ChatTemplate(tokenizer, system=asked.system)
+    if isinstance(tokenizer, JsonVocabulary):  # exported as it is: nothing to compare
+        yield from _prepare_stores(config, tokenizer, chat)
+        return
+    with checked(tokenizer) as compared:
+        yield from _prepare_stores(config, compared, chat)
+        if compared.num_texts:
+            yield f"parity    {compared.num_texts:,} texts equal in tokenizer.json"
+
+
+def _prepare_stores(
+    config: RunConfig, tokenizer: Tokenizer, chat: ChatTemplate | None
+) -> Iterator[str]:
     for part in ("train", "heldout"):
         folder = store_folder(config, part)
         if _up_to_date(folder, asked_settings(config, part), tokenizer.fingerprint, chat):

@@ -48,10 +48,14 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _own_vocabulary_size(folder: Path) -> int | None:
-    """Ids of the folder's own tokenizer.json, if it has one."""
+    """Ids of the folder's own tokenizer.json, or else of its tokenizer.model, if it has one."""
     file = folder / "tokenizer.json"
     if not file.is_file():
-        return None
+        if not (folder / "tokenizer.model").is_file():
+            return None
+        from nmar_ds.traces.sentencepiece_vocabulary import read_model
+
+        return len(read_model(folder / "tokenizer.model").pieces)
     import tokenizers
 
     try:

@@ -85,6 +85,11 @@ class Tokenizer(ABC):
         self._is_loose = self.class_of == PIECE_CLASSES.index("byte")
         self._ordinary = np.flatnonzero(~self.is_special & ~self._is_loose).astype(np.int32)
 
+    @property
+    def unchecked(self) -> Tokenizer:
+        """This tokenizer without the check of `parity.py`, where it has one."""
+        return self
+
     @abstractmethod
     def _raw_encode(self, text: str, continuation: bool) -> Sequence[int]:
         """Encode with special-token parsing off."""
@@ -259,7 +264,7 @@ def add_undo(
     if file.suffix == ".model":
         from nmar_ds.traces.sentencepiece_vocabulary import add_control_piece
 
-        written = add_control_piece(file, Path(destination), undo_token)
+        written = add_control_piece(file, Path(destination), undo_token, reserved)
     else:
         from nmar_ds.traces.json_vocabulary import add_special_token
 

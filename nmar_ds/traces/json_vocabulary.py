@@ -18,6 +18,7 @@ from nmar_ds.traces.encoding import (
     Tokenizer,
     fingerprint_of,
 )
+from nmar_ds.traces.schema import IdArray
 
 WORD_MARK = "\u2581"
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -93,7 +94,7 @@ class JsonVocabulary(Tokenizer):
         return pieces.index(unknown) if unknown in pieces else None
 
     def _set_ids(self) -> None:
-        settings = _settings(self.path.parent)
+        settings = read_settings(self.path.parent)
         named = {
             name: self._special_id(settings.get(f"{name}_token"), f"{name}_token")
             for name in ("bos", "eos", "pad")
@@ -136,14 +137,14 @@ class JsonVocabulary(Tokenizer):
         file = self.path.parent / CHAT_TEMPLATE
         if file.is_file():
             return file.read_text(encoding="utf-8")
-        template = _settings(self.path.parent).get("chat_template")
+        template = read_settings(self.path.parent).get("chat_template")
         if isinstance(template, list):  # named templates; transformers takes "default"
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
         return None if template is None else str(template)
 
     def named_specials(self) -> dict[str, str]:
         """Texts of the special tokens by the names a chat template knows them by."""
-        settings = _settings(self.path.parent)
+        settings = read_settings(self.path.parent)
         texts = {name: settings.get(name) for name in NAMED_TOKENS}
         return {
             name: str(text["content"] if isinstance(text, dict) else text)
@@ -162,6 +163,11 @@ class JsonVocabulary(Tokenizer):
         ids = mixed.encode(self.piece(self.eos_id) + "a", add_special_tokens=False).ids[1:]
         return bool(ids == list(self._raw_encode("a", True)))
 
+    def plain_decode(self, ids: IdArray) -> str:
+        """Decode the start of a text by the library itself, as transformers does."""
+        text: str = self._start.decode(ids.tolist(), skip_special_tokens=False)
+        return text
+
     def save(self, folder: str | Path) -> Path:
         """Copy tokenizer.json and the files that name its special tokens."""
         folder = Path(folder)
@@ -176,7 +182,7 @@ class JsonVocabulary(Tokenizer):
         """Copy the files; the configuration is completed with the undo token."""
         folder = Path(folder)
         self.save(folder)
-        settings = _settings(self.path.parent)
+        settings = read_settings(self.path.parent)
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         # With it a literal `<UNDO>` in a prompt stays text in plain transformers too; but a chat
         # template's own `<|im_start|>` would be spelt out as well, so not where there is one.
@@ -226,7 +232,7 @@ def add_special_token(
     for name in SIDE_FILES:
         if (file.parent / name).is_file() and destination.resolve() != file.parent.resolve():
             shutil.copyfile(file.parent / name, destination / name)
-    settings = _settings(destination)
+    settings = read_settings(destination)
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")
     if isinstance(extra, list):  # a renamed token's old text must not be added again
         settings["extra_special_tokens"] = [token for token in extra if token != reserved]
@@ -270,7 +276,7 @@ def _renamed(spec: dict[str, Any], file: Path, reserved: str, undo_token: str) -
 
 def _is_used(text: str, folder: Path) -> bool:
     """Whether a special token has a name, or stands in the chat template."""
-    settings = _settings(folder)
+    settings = read_settings(folder)
     named = [settings.get(name) for name in NAMED_TOKENS]
     file = folder / CHAT_TEMPLATE
     template = file.read_text(encoding="utf-8") if file.is_file() else ""
@@ -322,6 +328,9 @@ def without_prefix_space(spec: dict[str, Any]) -> tuple[dict[str, Any], str]:
         if kind == "Prepend":
             found.add("always")
             node["prepend"] = ""
+        pattern = node.get("pattern")
+        if kind == "Replace" and str(pattern.get("Regex", "")).startswith(f"\\A{WORD_MARK}("):
+            node["pattern"] = {"Regex": r"(?!)"}  # takes back a prefix that is no longer there
         return node
 
     copied = dict(spec)
@@ -339,7 +348,7 @@ def _open(spec: dict[str, Any], file: Path) -> Any:
     return tokenizer
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def read_settings(folder: Path) -> dict[str, Any]:
     """Read what names the special tokens; the configuration wins over the older map."""
     settings: dict[str, Any] = {}
     for name in ("special_tokens_map.json", TOKENIZER_CONFIG):
@@ -390,8 +399,11 @@ def _byte_table(
             f"{file}: decodes with {sorted(decoders - {'None'}) or 'nothing'}, expected a "
             "byte-level or a Metaspace decoder, whose tokens spell the text exactly"
         )
+    # A token that is matched after normalising has its spaces marked as other pieces do.
+    marked = {n for n, token in added.items() if token["normalized"] and not token["special"]}
+    plain = added.keys() - (marked if "ByteLevel" not in decoders else set())
     return [
-        added[number]["content"].encode("utf-8") if number in added else spell(piece)
+        added[number]["content"].encode("utf-8") if number in plain else spell(piece)
         for number, piece in enumerate(pieces)
     ]
 

@@ -230,7 +230,7 @@ def _fill_pool(paths: Sequence[Path], job: _Job) -> None:
             if record.segments:
                 continue
             try:
-                encoded = encode_record(record, job.tokenizer, job.chat)
+                encoded = encode_record(record, job.tokenizer.unchecked, job.chat)
             except TraceError:
                 continue
             for turn in encoded.turns:

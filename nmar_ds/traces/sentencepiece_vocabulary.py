@@ -1,20 +1,32 @@
-"""SentencePiece models as tokenizers (SPEC 2.5, 2.6)."""
+"""SentencePiece models as tokenizers (SPEC 2.5, 2.6).
+
+A model folder of the Llama kind holds a `tokenizer.model` and a `tokenizer_config.json` that may
+name other special tokens than the model does; what the two say together is read here.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
 from nmar_ds.errors import NoUndoTokenError, VocabularyError
-from nmar_ds.traces.encoding import SENTENCEPIECE_FILE, Tokenizer, fingerprint_of
+from nmar_ds.traces.encoding import (
+    SENTENCEPIECE_FILE,
+    TOKENIZER_CONFIG,
+    Tokenizer,
+    fingerprint_of,
+)
+from nmar_ds.traces.json_vocabulary import CHAT_TEMPLATE, SIDE_FILES, read_settings
 
 WORD_MARK = "\u2581"
 # Piece types of the model format (sentencepiece_model.proto).
@@ -24,6 +36,9 @@ CONTROLS = ("<s>", "</s>", "<pad>")
 # Learnt where bytes are a fallback, so that a literal "<0x41>" or "<unk>" is spelt out and never
 # taken for the piece of that name in an exported tokenizer.
 BYTE_PIECE_CHARACTERS = "<0x>123456789ABCDEFunk"
+# Names under which vocabularies keep spare rows, offered first where one is to be chosen.
+SPARE_NAME = re.compile(r"control|reserved|unused|extra|spare|special", re.IGNORECASE)
+ADDED_TOKENS = "added_tokens.json"
 
 
 class SentencePieceVocabulary(Tokenizer):
@@ -47,13 +62,33 @@ class SentencePieceVocabulary(Tokenizer):
             )
         self._start = _processor(self.model, self.model.normalizer_spec.add_dummy_prefix)
         self._continuation = _processor(self.model, False)
+        self._settings = read_settings(file.parent)
+        _require_no_added_tokens(file, self.model, self._settings)
         self._set_ids()
         self._finish(
             [piece.piece for piece in self.model.pieces],
             [_bytes_of(piece) for piece in self.model.pieces],
             [n for n, piece in enumerate(self.model.pieces) if piece.type in (CONTROL, UNKNOWN)],
         )
+        unused = [n for n, piece in enumerate(self.model.pieces) if piece.type == UNUSED]
+        self._ordinary = self._ordinary[~np.isin(self._ordinary, unused)]
         self.fingerprint = self._fingerprint()
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the folder brings a chat template."""
+        beside = self.path.parent / CHAT_TEMPLATE
+        return "chat_template" in self._settings or beside.is_file()
+
+    @property
+    def chat_settings(self) -> dict[str, Any]:
+        """What the folder's configuration says about chats; it belongs in an export too."""
+        return {name: self._settings[name] for name in ("chat_template",) if name in self._settings}
+
+    def copy_chat_template(self, folder: Path) -> None:
+        """Copy the chat template that is a file of its own, where there is one."""
+        if (self.path.parent / CHAT_TEMPLATE).is_file():
+            shutil.copyfile(self.path.parent / CHAT_TEMPLATE, folder / CHAT_TEMPLATE)
 
     def _require_plain(self) -> None:
         normalizer = self.model.normalizer_spec
@@ -64,16 +99,31 @@ class SentencePieceVocabulary(Tokenizer):
             )
 
     def _set_ids(self) -> None:
-        processor = self._start
-        self.undo_id = processor.piece_to_id(self.undo_token)
-        self.bos_id = processor.bos_id() if processor.bos_id() >= 0 else None
-        self.pad_id = processor.pad_id() if processor.pad_id() >= 0 else None
-        self.add_bos = self.bos_id is not None
-        if processor.eos_id() < 0:
+        self.undo_id = self._start.piece_to_id(self.undo_token)
+        self.bos_id, eos_id = self._special_id("bos"), self._special_id("eos")
+        self.pad_id = self._special_id("pad")
+        self.add_bos = self.bos_id is not None and self._settings.get("add_bos_token") is not False
+        if eos_id is None:
             raise VocabularyError(
                 f"{self.path}: has no end-of-sequence piece, expected eos_id >= 0"
             )
-        self.eos_id = processor.eos_id()
+        self.eos_id = eos_id
+
+    def _special_id(self, name: str) -> int | None:
+        """Id by the configuration's name for it, else the model's own."""
+        own = int(getattr(self._start, f"{name}_id")())
+        token = self._settings.get(f"{name}_token")
+        text = token.get("content") if isinstance(token, dict) else token
+        if text is None:
+            return own if own >= 0 else None
+        kinds = (CONTROL, UNKNOWN) if name == "pad" else (CONTROL,)
+        for number, piece in enumerate(self.model.pieces):
+            if piece.piece == text and piece.type in kinds:
+                return number
+        raise VocabularyError(
+            f"{self.path.parent / TOKENIZER_CONFIG}: {name}_token: {text!r} is no control piece of "
+            f"{self.path.name}, expected one"
+        )
 
     def _fingerprint(self) -> str:
         normalizer = self.model.normalizer_spec
@@ -86,6 +136,7 @@ class SentencePieceVocabulary(Tokenizer):
                 "add_dummy_prefix": normalizer.add_dummy_prefix,
                 "remove_extra_whitespaces": normalizer.remove_extra_whitespaces,
                 "specials": [self.undo_id, self.bos_id, self.eos_id, self.pad_id],
+                **({} if self.add_bos or self.bos_id is None else {"add_bos": False}),
             }
         )
 
@@ -98,10 +149,11 @@ class SentencePieceVocabulary(Tokenizer):
         return bool(self.model.normalizer_spec.add_dummy_prefix and text)
 
     def save(self, folder: str | Path) -> Path:
-        """Copy the model to `folder/tokenizer.model`."""
+        """Copy the model to `folder/tokenizer.model`, and what the folder says about it."""
         destination = Path(folder) / SENTENCEPIECE_FILE
         destination.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(self.path, destination)
+        _copy_side_files(self.path.parent, destination.parent)
         return destination
 
     def save_transformers(self, folder: str | Path) -> None:
@@ -128,19 +180,96 @@ def read_model(file: Path) -> Any:
     return model
 
 
-def add_control_piece(file: Path, destination: Path, undo_token: str) -> Path:
-    """Append a control piece to a model and write it."""
+def pieces_of(model: Any, kind: int) -> list[str]:
+    """List the pieces of one type, in order of id."""
+    return [piece.piece for piece in model.pieces if piece.type == kind]
+
+
+def add_control_piece(
+    file: Path, destination: Path, undo_token: str, reserved: str | None = None
+) -> Path:
+    """Add the undo token to a model as a control piece and write it; no other id changes.
+
+    Args:
+        file: the `.model` file.
+        destination: the file to write, or a folder for `tokenizer.model`.
+        undo_token: text form of the undo token.
+        reserved: a spare piece that becomes the undo token; None appends a piece.
+
+    Returns:
+        The file written.
+
+    Raises:
+        VocabularyError: the token is there already, or `reserved` is no spare piece.
+    """
     model = read_model(file)
+    settings = read_settings(file.parent)
+    _require_no_added_tokens(file, model, settings)
     if any(piece.piece == undo_token for piece in model.pieces):
         raise VocabularyError(
             f"{file}: has a piece {undo_token!r} already, expected none to add it"
         )
-    model.pieces.add(piece=undo_token, score=0.0, type=CONTROL)
-    model.trainer_spec.vocab_size = len(model.pieces)
+    if reserved is None:
+        model.pieces.add(piece=undo_token, score=0.0, type=CONTROL)
+        model.trainer_spec.vocab_size = len(model.pieces)
+    else:
+        spare = _spare_pieces(model, settings)
+        if reserved not in spare:
+            usable = sorted(spare, key=lambda piece: not SPARE_NAME.search(piece))[:5]
+            raise VocabularyError(
+                f"{file}: {reserved!r} is no spare piece, expected a control piece other than the "
+                f"ones for bos, eos, pad and unknown, such as {', '.join(usable) or '(none here)'}"
+            )
+        piece = model.pieces[spare[reserved]]
+        piece.piece, piece.score, piece.type = undo_token, 0.0, CONTROL
     written = destination if destination.suffix == ".model" else destination / SENTENCEPIECE_FILE
     written.parent.mkdir(parents=True, exist_ok=True)
     written.write_bytes(model.SerializeToString(deterministic=True))
+    _copy_side_files(file.parent, written.parent)
     return written
+
+
+def _spare_pieces(model: Any, settings: dict[str, Any]) -> dict[str, int]:
+    """Map pieces that no text yields and nothing needs to their ids.
+
+    Unused pieces of BPE models are not among them: they may still stand between two joins.
+    """
+    trainer = model.trainer_spec
+    named = [settings.get(f"{name}_token") for name in ("bos", "eos", "pad", "unk")]
+    taken = {token.get("content") if isinstance(token, dict) else token for token in named}
+    ids = {trainer.bos_id, trainer.eos_id, trainer.pad_id, trainer.unk_id}
+    kinds = (CONTROL, UNUSED) if trainer.model_type == trainer.UNIGRAM else (CONTROL,)
+    return {
+        piece.piece: number
+        for number, piece in enumerate(model.pieces)
+        if piece.type in kinds and number not in ids and piece.piece not in taken
+    }
+
+
+def _require_no_added_tokens(file: Path, model: Any, settings: dict[str, Any]) -> None:
+    """Refuse a model whose folder adds tokens to it: the model alone is not the tokenizer then."""
+    pieces = {piece.piece for piece in model.pieces}
+    added = settings.get("added_tokens_decoder") or {}
+    found = {str(token.get("content")): number for number, token in added.items()}
+    if (file.parent / ADDED_TOKENS).is_file():
+        try:
+            found |= json.loads((file.parent / ADDED_TOKENS).read_text(encoding="utf-8"))
+        except (ValueError, TypeError) as error:
+            raise VocabularyError(
+                f"{file.parent / ADDED_TOKENS}: not JSON, expected it ({error})"
+            ) from None
+    for text, number in found.items():
+        if text not in pieces:
+            raise VocabularyError(
+                f"{file.parent}: adds the token {text!r} (id {number}) that {file.name} lacks, "
+                "expected a tokenizer.json there; transformers' save_pretrained writes one"
+            )
+
+
+def _copy_side_files(source: Path, destination: Path) -> None:
+    for name in SIDE_FILES:
+        if (source / name).is_file() and source.resolve() != destination.resolve():
+            shutil.copyfile(source / name, destination / name)
 
 
 def train(

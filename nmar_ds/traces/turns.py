@@ -141,7 +141,7 @@ class _TurnEncoder:
         try:
             ids = self.tokenizer.encode(text, continuation=continuation)
         except VocabularyError as error:
-            raise self._error(field, str(error), "text in the tokenizer's alphabet") from None
+            raise self._error(field, str(error), error.expected) from None
         spelled = self.tokenizer.decode(ids, continuation=continuation)
         if spelled != text:
             problem = self.tokenizer.difference(text, spelled)

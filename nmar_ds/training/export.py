@@ -17,7 +17,8 @@ from nmar_ds.errors import CheckpointError, ConfigError, VocabularyError
 from nmar_ds.files import EXPORT_SETTINGS
 from nmar_ds.inference.exported import FORMAT_VERSION, TOKENIZER_FOLDER
 from nmar_ds.traces.encoding import Tokenizer, assert_parity, load_tokenizer
-from nmar_ds.traces.records import read_records
+from nmar_ds.traces.parity import CheckedTokenizer, check_records
+from nmar_ds.traces.records import Record, read_records
 from nmar_ds.training.checkpoints import Found, find_newest, folder_name, verify
 
 NUM_PARITY_RECORDS = 200  # per held-out file
@@ -42,6 +43,7 @@ def export_checkpoint(
         CheckpointError: no such checkpoint, or it is damaged.
         ConfigError: `output` exists.
         VocabularyError: the run's tokenizer is not the one it was trained with.
+        TraceError: a held-out text that the exported tokenizer encodes differently.
     """
     found = _choose(run / "checkpoints", step)
     if output.is_file():
@@ -63,7 +65,8 @@ def export_checkpoint(
     try:
         num_weights = _write_model(found, aside)
         _write_tokenizer(tokenizer, run / "tokenizer", facts, aside)
-        assert_parity(tokenizer, aside, _sample_texts(run))
+        assert_parity(tokenizer, aside, ())
+        check_records(CheckedTokenizer(tokenizer, aside), _sample_records(run))
         if output.exists():
             old = output.with_name(output.name + ".previous")
             shutil.rmtree(old, ignore_errors=True)
@@ -77,15 +80,14 @@ def export_checkpoint(
     return f"exported  {found.folder} ({num_weights:,} weights, {facts['dtype']}) to {output}"
 
 
-def _sample_texts(run: Path) -> Iterator[str]:
-    """Texts of the run's held-out records, on which both tokenizers must agree."""
+def _sample_records(run: Path) -> Iterator[Record]:
+    """Held-out records of the run, on whose texts both tokenizers must agree."""
     from nmar_ds.config import load_config
 
     config = load_config(run / "config.yaml")
     for source in config.data.heldout:
         if Path(source).is_file():
-            for record in itertools.islice(read_records(source), NUM_PARITY_RECORDS):
-                yield from (turn.prompt + turn.reference for turn in record.turns)
+            yield from itertools.islice(read_records(source), NUM_PARITY_RECORDS)
 
 
 def _choose(folder: Path, step: int | None) -> Found:

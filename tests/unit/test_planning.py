@@ -427,7 +427,7 @@ def test_what_prepare_writes_is_what_a_run_asks_for(
         data__traces={"builder": "random", "per_record": 2, "clean_share": 0.5},
     )
     lines = list(prepare_run(run))
-    assert [line.split()[0] for line in lines] == ["tokenizer", "train", "heldout"]
+    assert [line.split()[0] for line in lines] == ["tokenizer", "train", "heldout", "parity"]
     plan = plan_run(run)
     assert isinstance(plan, RunPlan) and plan.store.num_traces == 24 and plan.untrained == []
     assert open_store(run, "heldout").num_traces == 6
