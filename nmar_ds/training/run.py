@@ -89,56 +89,15 @@ def _run(
     if found:
         _restore(engine.load_from(found.folder.parent, found.folder.name))
     elif peers.rank == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-        checkpoints.write_atomically(output / "config.yaml", text)
-        shutil.copytree(plan.store.folder / "tokenizer", output / "tokenizer", dirs_exist_ok=True)
-
-    def loader_of(part: str) -> RowLoader:
-        store, rows = (
-            (plan.store, plan.plan) if part == "train" else (plan.heldout, plan.heldout_plan)
-        )
-        pad_id = store.manifest["tokenizer"]["pad_id"]
-        return RowLoader(
-            store,
-            rows,
-            store.role_counts,
-            seed=config.seed,
-            global_batch_rows=config.training.global_batch_rows,
-            micro_batch_rows=config.training.micro_batch_rows,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            pad_id=store.manifest["tokenizer"]["eos_id"] if pad_id is None else pad_id,
-        )
-
-    loader, heldout_loader = loader_of("train"), loader_of("heldout")
-
-    def arguments(batch: Batch) -> dict[str, Any]:
-        return forward_arguments(batch, plan.weights, device)
-
-    def save(step: int) -> None:
-        checkpoints.publish(
-            lambda folder, tag: engine.save_into(folder, tag, _state()),
-            output / "checkpoints",
-            step=step,
-            facts=_manifest_facts(config, plan, ranks, engine.module),
-            peers=peers,
-            keep=config.checkpoint.keep,
-        )
-
+        _begin_folder(output, config, plan)
+    loader = _loader_of("train", config, plan, ranks)
     with Monitor(
         output / "tensorboard",
         is_writer=peers.rank == 0,
         total_steps=plan.total_steps,
         first_step=first_step,
     ) as monitor:
-        for line in plan.summary(config):
-            monitor.say(line)
-        num_weights = trainable_parameters(engine.module.parameters())
-        monitor.say(
-            f"model     {num_weights:,} weights, {config.model.dtype}, ZeRO-3 on "
-            f"{ranks.world_size} ranks ({device.type}); <UNDO>: {undo_row}"
-        )
+        _introduce(monitor, config, plan, engine, undo_row)
         # As in training: activation checkpointing, for one, is off in evaluation mode.
         engine.train()
         with peers.share_errors():
@@ -150,27 +109,100 @@ def _run(
         )
         if found:
             monitor.say(f"resumed   from {found.folder} after step {first_step}")
-        loop = TrainingLoop(
-            engine,
-            loader,
-            weights=plan.weights,
-            denominator_kind=config.objective.denominator,
-            optimizer=config.optimizer,
-            training=config.training,
-            total_steps=plan.total_steps,
-            monitor=monitor,
-            save=save,
-            save_every=config.checkpoint.every,
-            measure_heldout=lambda: heldout.measure(
-                engine,
-                heldout_loader,
-                num_rows=config.training.eval_rows,
-                arguments=arguments,
-                reduce=all_reduce,
-            ),
-            stop_requested=stop,
+        loop = _make_loop(
+            config, plan, ranks, engine, loader=loader, monitor=monitor, peers=peers, stop=stop
         )
         return loop.run(first_step)
+
+
+def _begin_folder(output: Path, config: RunConfig, plan: RunPlan) -> None:
+    """Rank 0: put what a checkpoint's reader needs into the folder of a run that starts."""
+    output.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    checkpoints.write_atomically(output / "config.yaml", text)
+    shutil.copytree(plan.store.folder / "tokenizer", output / "tokenizer", dirs_exist_ok=True)
+
+
+def _introduce(
+    monitor: Monitor, config: RunConfig, plan: RunPlan, engine: Engine, undo_row: str
+) -> None:
+    """Say what is about to be trained on what."""
+    for line in plan.summary(config):
+        monitor.say(line)
+    num_weights = trainable_parameters(engine.module.parameters())
+    monitor.say(
+        f"model     {num_weights:,} weights, {config.model.dtype}, ZeRO-3 on "
+        f"{engine.world_size} ranks ({engine.device.type}); <UNDO>: {undo_row}"
+    )
+
+
+def _loader_of(part: str, config: RunConfig, plan: RunPlan, ranks: Ranks) -> RowLoader:
+    """This rank's rows of the `train` or the `heldout` store."""
+    store, rows = (plan.store, plan.plan) if part == "train" else (plan.heldout, plan.heldout_plan)
+    pad_id = store.manifest["tokenizer"]["pad_id"]
+    return RowLoader(
+        store,
+        rows,
+        store.role_counts,
+        seed=config.seed,
+        global_batch_rows=config.training.global_batch_rows,
+        micro_batch_rows=config.training.micro_batch_rows,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        pad_id=store.manifest["tokenizer"]["eos_id"] if pad_id is None else pad_id,
+    )
+
+
+def _make_loop(
+    config: RunConfig,
+    plan: RunPlan,
+    ranks: Ranks,
+    engine: Engine,
+    *,
+    loader: RowLoader,
+    monitor: Monitor,
+    peers: ProcessPeers,
+    stop: StopSignal,
+) -> TrainingLoop:
+    """The loop, given its ways to save and to measure."""
+    heldout_loader = _loader_of("heldout", config, plan, ranks)
+
+    def arguments(batch: Batch) -> dict[str, Any]:
+        return forward_arguments(batch, plan.weights, engine.device)
+
+    def save(step: int) -> None:
+        checkpoints.publish(
+            lambda folder, tag: engine.save_into(folder, tag, _state()),
+            Path(config.output) / "checkpoints",
+            step=step,
+            facts=_manifest_facts(config, plan, ranks, engine.module),
+            peers=peers,
+            keep=config.checkpoint.keep,
+        )
+
+    def measure_heldout() -> dict[str, float]:
+        return heldout.measure(
+            engine,
+            heldout_loader,
+            num_rows=config.training.eval_rows,
+            arguments=arguments,
+            reduce=all_reduce,
+        )
+
+    return TrainingLoop(
+        engine,
+        loader,
+        weights=plan.weights,
+        denominator_kind=config.objective.denominator,
+        optimizer=config.optimizer,
+        training=config.training,
+        total_steps=plan.total_steps,
+        monitor=monitor,
+        save=save,
+        save_every=config.checkpoint.every,
+        measure_heldout=measure_heldout,
+        stop_requested=stop,
+    )
 
 
 def _canary(
