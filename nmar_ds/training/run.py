@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +26,15 @@ from nmar_ds.training.engine import (
     all_reduce,
     close_process_group,
     make_optimizer,
+    naming_lost_peers,
     start_process_group,
 )
 from nmar_ds.training.loop import TrainingLoop, forward_arguments
 from nmar_ds.training.monitor import Monitor
 from nmar_ds.training.planning import RunPlan
 from nmar_ds.training.ranks import Ranks
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-
-
-class StopSignal:
-    """Remembers that this rank was told to stop; the loop asks after each step."""
-
-    def __init__(self) -> None:
-        self.received = False
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._remember)
-
-    def _remember(self, number: int, frame: object) -> None:
-        self.received = True
-
-    def __call__(self) -> bool:
-        """Whether a signal has come."""
-        return self.received
+from nmar_ds.training.run_folder import RunLock, check_space, checkpoint_bytes
+from nmar_ds.training.stopping import StopSignal
 
 
 def run_training(config: RunConfig, plan: RunPlan, ranks: Ranks) -> bool:
@@ -62,25 +46,29 @@ def run_training(config: RunConfig, plan: RunPlan, ranks: Ranks) -> bool:
     Raises:
         NmarError: anything a user can mend, the same on all ranks.
     """
+    start_process_group(ranks, timeout_seconds=config.training.timeout_seconds)
     stop = StopSignal()
-    device = start_process_group(ranks, timeout_seconds=config.training.timeout_seconds)
+    lock = RunLock(Path(config.output))
     try:
-        return _run(config, plan, ranks, stop, device)
+        with naming_lost_peers():
+            return _run(config, plan, ranks, stop, lock)
     finally:
         close_process_group()
+        lock.release()
 
 
-def _run(
-    config: RunConfig, plan: RunPlan, ranks: Ranks, stop: StopSignal, device: torch.device
-) -> bool:
+def _run(config: RunConfig, plan: RunPlan, ranks: Ranks, stop: StopSignal, lock: RunLock) -> bool:
     peers = ProcessPeers()
     output = Path(config.output)
+    _take_folder(lock, peers)
     found = _find_checkpoint(config, plan, peers, output / "checkpoints")
     first_step = found.step if found else 0
     if found and first_step >= plan.total_steps:
         if peers.rank == 0:
             print(f"already complete: {found.folder} is after the last step", flush=True)
         return True
+    if _told_to_stop(stop, peers, first_step):
+        return False
     settings = deepspeed_config(config, world_size=ranks.world_size)
     with peers.share_errors():
         engine, undo_row = _build_engine(config, plan, settings)
@@ -88,8 +76,9 @@ def _run(
     torch.manual_seed(config.seed + 1 + ranks.rank)
     if found:
         _restore(engine.load_from(found.folder.parent, found.folder.name))
-    elif peers.rank == 0:
-        _begin_folder(output, config, plan)
+    with peers.share_errors():
+        if peers.rank == 0:
+            _prepare_folder(output, config, plan, engine, fresh=found is None)
     loader = _loader_of("train", config, plan, ranks)
     with Monitor(
         output / "tensorboard",
@@ -109,18 +98,57 @@ def _run(
         )
         if found:
             monitor.say(f"resumed   from {found.folder} after step {first_step}")
+        if _told_to_stop(stop, peers, first_step):
+            return False
         loop = _make_loop(
             config, plan, ranks, engine, loader=loader, monitor=monitor, peers=peers, stop=stop
         )
-        return loop.run(first_step)
+        complete = loop.run(first_step)
+        if not complete:
+            monitor.say(f"stopped by {_stop_reason(stop, peers)}")
+        return complete
 
 
-def _begin_folder(output: Path, config: RunConfig, plan: RunPlan) -> None:
-    """Rank 0: put what a checkpoint's reader needs into the folder of a run that starts."""
-    output.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    checkpoints.write_atomically(output / "config.yaml", text)
-    shutil.copytree(plan.store.folder / "tokenizer", output / "tokenizer", dirs_exist_ok=True)
+def _take_folder(lock: RunLock, peers: ProcessPeers) -> None:
+    """Hold the run folder from now on, or refuse to start."""
+    with peers.share_errors():
+        if peers.rank == 0:
+            note = lock.claim()
+            if note is not None:
+                print(f"lock      {note}", flush=True)
+    with peers.share_errors():  # rank 0 has it; the others add their part
+        if peers.rank != 0:
+            lock.join(peers.rank)
+
+
+def _stop_reason(stop: StopSignal, peers: ProcessPeers) -> str:
+    """What the first rank that was told to stop was told by. Collective."""
+    reasons = peers.gather(stop.reason)
+    return next(f"{why} on rank {rank}" for rank, why in enumerate(reasons) if why is not None)
+
+
+def _told_to_stop(stop: StopSignal, peers: ProcessPeers, first_step: int) -> bool:
+    """Whether any rank was, before its first step: there is nothing new to save. Collective."""
+    if not any(peers.gather(stop())):
+        return False
+    reason = _stop_reason(stop, peers)
+    if peers.rank == 0:
+        print(f"stopped by {reason} before step {first_step + 1}: nothing new to save", flush=True)
+    return True
+
+
+def _prepare_folder(
+    output: Path, config: RunConfig, plan: RunPlan, engine: Engine, *, fresh: bool
+) -> None:
+    """Rank 0: see that checkpoints will fit, and give a new run what their readers need."""
+    size = checkpoint_bytes(trainable_parameters(engine.module.parameters()), config.optimizer.name)
+    warning = check_space(output, size)
+    if warning is not None:
+        print(f"space     {warning}", flush=True)
+    if fresh:
+        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        checkpoints.write_atomically(output / "config.yaml", text)
+        shutil.copytree(plan.store.folder / "tokenizer", output / "tokenizer", dirs_exist_ok=True)
 
 
 def _introduce(
@@ -265,7 +293,11 @@ def _find_checkpoint(
                         f"{folder}: already holds checkpoints, and checkpoint.resume is never; "
                         "choose another `output` or resume: auto"
                     )
-                checkpoints.check_same_run(found.manifest["run"], plan.facts, found.folder)
+                checkpoints.check_same_run(
+                    {**found.manifest["run"], "name": found.manifest["name"]},
+                    {**plan.facts, "name": config.name},
+                    found.folder,
+                )
                 if found.manifest["world_size"] != peers.world_size:
                     raise CheckpointError(
                         f"{found.folder}: was saved by {found.manifest['world_size']} ranks, and "
