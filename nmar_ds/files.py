@@ -27,7 +27,7 @@ def sync(path: Path) -> None:
 
 def about(error: OSError, path: Path) -> str:
     """One line on an error of the operating system: the file it names, or `path`, and why."""
-    where = error.filename if isinstance(error.filename, str) else path
+    where = error.filename if isinstance(error.filename, str | os.PathLike) else path
     return f"{where}: {error.strerror or error}"
 
 
@@ -45,8 +45,10 @@ def no_room(error: BaseException, path: Path, size: int) -> str:
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
     why = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error)
-    try:
-        free = f"{shutil.disk_usage(path.parent).free:,} are free"
-    except OSError:
-        free = "its folder is gone"
-    return f"{path}: {why.splitlines()[0]}; it needs {size:,} bytes, {free}"
+    return f"{path}: {why.splitlines()[0]}; it needs {size:,} bytes, {free_bytes(path):,} are free"
+
+
+def free_bytes(path: Path) -> int:
+    """What the file system has left where a file is, or is going to be."""
+    place = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    return shutil.disk_usage(place).free

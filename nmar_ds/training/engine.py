@@ -103,13 +103,11 @@ def naming_lost_peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo has no type of its own; torch's DistError is a subclass
-        text = str(error)
-        if not isinstance(error, torch.distributed.DistError) and not any(
-            sign in text for sign in LOST_PEER_SIGNS
-        ):
+        sign = next((sign for sign in LOST_PEER_SIGNS if sign in str(error)), None)
+        if sign is None and not isinstance(error, torch.distributed.DistError):
             raise
         raise PeerLostError(
-            f"another rank ended or did not answer ({text.splitlines()[0][:200]}); its own "
+            f"another rank ended or did not answer ({sign or str(error).splitlines()[0]}); its own "
             "message, if it could leave one, says why"
         ) from error
 
