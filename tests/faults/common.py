@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -16,11 +17,15 @@ from typing import Any
 
 import pytest
 import yaml
+from fork_server import ForkServer
 from pool import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 STEPS = 8
+SECONDS_TO_GO = 15  # after a kill
+SECONDS_TO_SAVE = 30  # after a request to stop
+PEER_LOST = "another rank ended or did not answer"
 TABLE: list[tuple[str, str]] = []  # (fault, outcome), printed at the end
 
 
@@ -134,6 +139,68 @@ def assert_finished_as(run: Path, digest: str) -> None:
     assert (folder / "latest").read_text() == "step-00000008\n"
 
 
+def name_of(fault: dict[str, Any]) -> str:
+    """A fault in words."""
+    place = fault.get("point", fault["where"])
+    kind = "step" if fault["where"] in ("forward", "backward", "optimizer") else "save"
+    return f"rank {fault['rank']} in {place} of {kind} {fault['step']}"
+
+
+def kill_and_resume(
+    fault: dict[str, Any], newest: int | None, *, prepared: Prepared, server: ForkServer, run: Path
+) -> None:
+    """Kill a rank there, look at what is left, resume, and compare the weights."""
+    TABLE.append((f"kill -9 of {name_of(fault)}", "LOST"))
+    killed = server.run(f"output={run}", fault={**fault, "how": "kill"})
+    victim, other = fault["rank"], 1 - fault["rank"]
+    assert killed["codes"][victim] == -9, killed
+    # Nothing but its torn connections tells the other; at the very end it needs it no more.
+    over = newest == STEPS
+    assert killed["codes"][other] == 1 or (over and killed["codes"][other] == 0), killed
+    assert killed["seconds_apart"] < SECONDS_TO_GO
+    said = killed["outputs"][other]
+    assert "Traceback" not in said and said.count("error: ") == said.count(PEER_LOST) <= 1, said
+    assert newest_step(run) == newest
+    resumed = server.run(f"output={run}")
+    assert resumed["codes"] == [0, 0], resumed["outputs"]
+    if over:  # a complete run writes nothing, so it leaves the leftovers where they are
+        assert "already complete" in resumed["outputs"][0]
+        assert digest_of(run) == prepared.digest
+    else:
+        assert newest is None or f"after step {newest}" in resumed["outputs"][0]
+        assert_finished_as(run, prepared.digest)
+    TABLE[-1] = (TABLE[-1][0], "recovered bit-exactly")
+
+
+def signal_and_save(
+    prepared: Prepared, run: Path, target: str, number: signal.Signals, command: str = "deepspeed"
+) -> int:
+    """Signal one process, or the group, of a long run; all end, and the last step is saved.
+
+    Returns:
+        The command's exit code.
+    """
+    launched = Launch(
+        prepared.config, f"output={run}", "training.steps=4000", "checkpoint.every=4000",
+        command=command,
+    )  # fmt: skip
+    try:
+        launched.wait_for(f"step {20:>6}/")
+        if target == "group":
+            os.killpg(launched.process.pid, number)
+        else:
+            os.kill(launched.everyone[target], number)
+        launched.wait_until_gone(SECONDS_TO_SAVE)
+        said = launched.said()
+    finally:
+        launched.clean_up()
+    stopped = re.findall(r"stopped by a signal after step (\d+); saved", said)
+    assert len(stopped) == 1 and "error: " not in said and "Traceback" not in said, said
+    assert newest_step(run) == int(stopped[0]) >= 20
+    assert not list((run / "checkpoints").glob("*.partial"))
+    return launched.finish()
+
+
 class Launch:
     """`deepspeed` or `torchrun` on two ranks, as a process group of its own."""
 
@@ -158,6 +225,14 @@ class Launch:
 
     def said(self) -> str:
         return self.log.read_text(errors="replace")
+
+    def wait_for_file(self, path: Path, seconds: float = 150) -> None:
+        """Until a rank has made it; remembers who is who."""
+        end = time.monotonic() + seconds
+        while not path.exists():
+            assert time.monotonic() < end and self.alive(), self.said()
+            time.sleep(0.02)
+        self.remember()
 
     def wait_for(self, text: str, seconds: float = 150) -> None:
         """Until the run has said it; remembers who is who."""

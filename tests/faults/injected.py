@@ -2,7 +2,7 @@
 
 A fault is a mapping:
     rank: who suffers it
-    where: forward | backward | optimizer | point | half_file
+    where: planning | building | forward | backward | optimizer | point | half_file
     step: optimizer step (1-based) or, in a save, the steps done
     point: name given to `checkpoints.reached`, for `where: point`
     how: kill | sleep | full, or names of signals the rank sends itself ("SIGTERM", "SIGINT SIGINT")
@@ -48,8 +48,28 @@ def install(fault: dict[str, Any] | None, rank: int) -> None:
         return
     if fault["where"] in ("forward", "backward", "optimizer"):
         _in_step(fault)
+    elif fault["where"] in ("planning", "building"):
+        _before_training(fault)
     else:
         _in_save(fault)
+
+
+def _before_training(fault: dict[str, Any]) -> None:
+    if fault["where"] == "planning":  # before torch is imported and the ranks meet
+        from nmar_ds.training import planning as module
+
+        name = "plan_run"
+    else:
+        from nmar_ds.training import run as module  # type: ignore[no-redef]
+
+        name = "_build_engine"
+    original = getattr(module, name)
+
+    def struck(*args: Any, **kwargs: Any) -> Any:
+        strike(fault)
+        return original(*args, **kwargs)
+
+    setattr(module, name, struck)
 
 
 def _in_step(fault: dict[str, Any]) -> None:

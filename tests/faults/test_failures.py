@@ -154,7 +154,8 @@ def test_preparing_into_a_full_disk(
                  f"data.store={disk.folder / 'store'}")  # fmt: skip
     assert python(*arguments).returncode == 0
     before = listing(disk.folder / "store" / "train")
-    (disk.folder / "ballast").write_bytes(bytes(40 * KILOBYTES))
+    room = shutil.disk_usage(disk.folder).free - 12 * KILOBYTES
+    (disk.folder / "ballast").write_bytes(bytes(room))
     result = python(*arguments)
     assert result.returncode == 2
     line = one_line([result.stderr], "No space left on device", str(disk.folder / "store"))
@@ -232,7 +233,7 @@ def test_an_unreadable_store(
     name: str, prepared: Prepared, server: ForkServer, open_folder: Path
 ) -> None:
     shutil.copytree(prepared.folder / "store", open_folder / "store")
-    give(open_folder / "store")
+    give(open_folder)
     victim = open_folder / "store" / "train" / name
     victim.chmod(0)
     result = server.run(
@@ -319,7 +320,8 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from nmar_ds.training.run_folder import RunLock
-print(RunLock(Path(sys.argv[1])).claim(), flush=True)
+lock = RunLock(Path(sys.argv[1]))
+print(lock.claim(), flush=True)
 time.sleep(300)
 """
 

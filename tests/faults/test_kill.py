@@ -6,12 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from common import TABLE, Launch, Prepared, assert_finished_as, digest_of, newest_step
+from common import (
+    SECONDS_TO_GO,
+    TABLE,
+    Launch,
+    Prepared,
+    assert_finished_as,
+    kill_and_resume,
+    name_of,
+    newest_step,
+)
 from fork_server import ForkServer
 from injected import POINTS_OF_ALL, RANK_0_POINTS
 
-SECONDS_TO_GO = 15
-PEER_LOST = "another rank ended or did not answer"
 # Once the folder is renamed the new checkpoint is the newest.
 PUBLISHED = ("after_rename", "written_aside:latest", "after_latest", "committed", "unmarked",
              "retained")  # fmt: skip
@@ -35,14 +42,8 @@ def cases() -> list[Any]:
         found.append(({"where": "point", "point": point, "step": 6, "rank": 0}, newest))
     for point, newest in (("after_manifest", 6), ("after_rename", 8), ("unmarked", 8)):
         found.append(({"where": "point", "point": point, "step": 8, "rank": 0}, newest))
-    return [pytest.param({**fault, "how": "kill"}, newest, id=name_of(fault))
+    return [pytest.param(fault, newest, id=name_of(fault))
             for fault, newest in found]  # fmt: skip
-
-
-def name_of(fault: dict[str, Any]) -> str:
-    place = fault.get("point", fault["where"])
-    kind = "step" if fault["where"] in ("forward", "backward", "optimizer") else "save"
-    return f"rank {fault['rank']} in {place} of {kind} {fault['step']}"
 
 
 @pytest.mark.parametrize(("fault", "newest"), cases())
@@ -50,29 +51,7 @@ def test_a_killed_rank_costs_nothing(
     fault: dict[str, Any], newest: int | None, prepared: Prepared, server: ForkServer,
     tmp_path: Path,
 ) -> None:  # fmt: skip
-    run = tmp_path / "run"
-    TABLE.append((f"kill -9 of {name_of(fault)}", "LOST"))
-    killed = server.run(f"output={run}", fault=fault)
-    victim, other = fault["rank"], 1 - fault["rank"]
-    assert killed["codes"][victim] == -9, killed
-    # Nothing but its torn connections tells the other; at the very end it needs it no more.
-    over = fault["step"] == 8 and newest == 8
-    assert killed["codes"][other] == 1 or (over and killed["codes"][other] == 0), killed
-    assert killed["seconds_apart"] < SECONDS_TO_GO
-    said = killed["outputs"][other]
-    assert "Traceback" not in said and said.count("error: ") == said.count(PEER_LOST) <= 1, said
-    assert newest_step(run) == newest
-    resumed = server.run(f"output={run}")
-    assert resumed["codes"] == [0, 0], resumed["outputs"]
-    if newest == 8:
-        assert "already complete" in resumed["outputs"][0]
-    elif newest is not None:
-        assert f"after step {newest}" in resumed["outputs"][0]
-    if not over:  # a complete run writes nothing, so it leaves the leftovers where they are
-        assert_finished_as(run, prepared.digest)
-    else:
-        assert digest_of(run) == prepared.digest
-    TABLE[-1] = (TABLE[-1][0], "recovered bit-exactly")
+    kill_and_resume(fault, newest, prepared=prepared, server=server, run=tmp_path / "run")
 
 
 def test_dying_again_and_again_at_one_place(
