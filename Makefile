@@ -11,7 +11,7 @@ CONFIG ?= configs/quickstart.yaml
 RUN ?= runs/quickstart
 OVERRIDES ?=
 
-.PHONY: help install quickstart test check mutants tensorboard clean
+.PHONY: help install quickstart test test-faults check mutants tensorboard clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -30,6 +30,9 @@ quickstart: $(VENV)/installed  ## prepare, train on two ranks, export, and show 
 
 test: $(VENV)/installed  ## the tests (under 15 minutes on two cores)
 	$(BIN)/python -m pytest
+
+test-faults: $(VENV)/installed  ## kills, signals, full disks and second jobs (under 20 minutes)
+	$(BIN)/python -m pytest tests/faults
 
 check: $(VENV)/installed  ## ruff, mypy and shellcheck
 	$(BIN)/ruff check .

@@ -261,10 +261,10 @@ class Launch:
         return [name for name, pid in (self.everyone or {"cli": self.process.pid}).items()
                 if _runs(pid)]  # fmt: skip
 
-    def wait_until_gone(self, seconds: float) -> float:
-        """Seconds until every remembered process was gone."""
+    def wait_until_gone(self, seconds: float, *names: str) -> float:
+        """Seconds until every remembered process, or those named, was gone."""
         started = time.monotonic()
-        while self.alive():
+        while set(self.alive()) & set(names or self.everyone):
             assert time.monotonic() < started + seconds, f"{self.alive()} live\n{self.said()}"
             time.sleep(0.05)
         return time.monotonic() - started

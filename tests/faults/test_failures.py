@@ -156,7 +156,7 @@ def test_preparing_into_a_full_disk(
     before = listing(disk.folder / "store" / "train")
     room = shutil.disk_usage(disk.folder).free - 12 * KILOBYTES
     (disk.folder / "ballast").write_bytes(bytes(room))
-    result = python(*arguments)
+    result = python(*arguments, "seed=5")
     assert result.returncode == 2
     line = one_line([result.stderr], "No space left on device", str(disk.folder / "store"))
     assert re.search(r"after [\d,]+ bytes, of which [\d,]+ are free again", line), line

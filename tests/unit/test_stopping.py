@@ -252,3 +252,31 @@ def test_room_for_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             warning = check_space(tmp_path, 1200)
             assert (warning is not None) == (outcome == "warned")
             assert warning is None or f"1,200 bytes and {bytes_free:,} are free" in warning
+
+
+# -- the output ------------------------------------------------------------------------------
+
+TALKER = """
+import sys, time
+from pathlib import Path
+from nmar_ds.training.monitor import Monitor
+with Monitor(Path(sys.argv[1]), is_writer=True, total_steps=9) as monitor:
+    monitor.say("hello")
+    time.sleep(1)
+    for step in range(5):
+        monitor.say("x" * 100_000)
+Path(sys.argv[1], "saved").touch()
+"""
+
+
+def test_a_run_goes_on_when_nobody_reads_its_output(tmp_path: Path) -> None:
+    talker = subprocess.Popen(
+        [sys.executable, "-c", TALKER, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert talker.stdout is not None and talker.stderr is not None
+    assert talker.stdout.readline() == "hello\n"
+    talker.stdout.close()  # as `tee` does when Ctrl-C ends it
+    said = talker.stderr.read()
+    assert talker.wait(60) == 0 and said == "" and (tmp_path / "saved").exists(), said
