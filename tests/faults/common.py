@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 STEPS = 8
 SECONDS_TO_GO = 15  # after a kill
-SECONDS_TO_SAVE = 30  # after a request to stop
+SECONDS_TO_SAVE = 60  # after a request to stop; four seconds on idle cores
 PEER_LOST = "another rank ended or did not answer"
 TABLE: list[tuple[str, str]] = []  # (fault, outcome), printed at the end
 
@@ -226,7 +226,7 @@ class Launch:
     def said(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def wait_for_file(self, path: Path, seconds: float = 150) -> None:
+    def wait_for_file(self, path: Path, seconds: float = 300) -> None:
         """Until a rank has made it; remembers who is who."""
         end = time.monotonic() + seconds
         while not path.exists():
@@ -234,7 +234,7 @@ class Launch:
             time.sleep(0.02)
         self.remember()
 
-    def wait_for(self, text: str, seconds: float = 150) -> None:
+    def wait_for(self, text: str, seconds: float = 300) -> None:
         """Until the run has said it; remembers who is who."""
         end = time.monotonic() + seconds
         while text not in self.said():

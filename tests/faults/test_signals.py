@@ -22,10 +22,8 @@ HUP = signal.SIGHUP
 @pytest.mark.parametrize(
     ("target", "number", "code"),
     [
-        ("rank 1", TERM, 0),
         ("rank 0", USR1, 0),
         ("launch", TERM, 1),
-        ("launch", INT, 1),
         ("launch", USR1, 0),
         ("launch", KILL, 0),
         ("cli", TERM, -15),
@@ -34,7 +32,6 @@ HUP = signal.SIGHUP
         ("cli", KILL, -9),
         ("group", TERM, -15),
         ("group", INT, 1),
-        ("group", USR1, -10),
         ("group", HUP, -1),
     ],
     ids=lambda value: value.name if isinstance(value, signal.Signals) else str(value),
@@ -55,8 +52,10 @@ def test_a_signal_under_torchrun(
 # -- at awkward moments ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("point", ["before_write", "after_write", "after_hash", "committed"])
+@pytest.mark.parametrize(
+    ("point", "rank"),
+    [("before_write", 0), ("after_write", 1), ("after_hash", 0), ("committed", 1)],
+)
 def test_a_signal_during_a_save(
     point: str, rank: int, prepared: Prepared, server: ForkServer, tmp_path: Path
 ) -> None:
