@@ -195,7 +195,8 @@ def signal_and_save(
     finally:
         launched.clean_up()
     stopped = re.findall(r"stopped by a signal after step (\d+); saved", said)
-    assert len(stopped) == 1 and "error: " not in said and "Traceback" not in said, said
+    # The deepspeed command itself answers INT with a traceback; no rank may.
+    assert len(stopped) == 1 and "error: " not in said and 'train.py", line' not in said, said
     assert newest_step(run) == int(stopped[0]) >= 20
     assert not list((run / "checkpoints").glob("*.partial"))
     return launched.finish()
