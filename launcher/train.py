@@ -25,7 +25,7 @@ from nmar_ds.errors import (
     SaveError,
 )
 from nmar_ds.training.ranks import complete_environment, discover_ranks
-from nmar_ds.training.stopping import end_at_once_on_interrupt
+from nmar_ds.training.stopping import Launcher, end_at_once_on_interrupt
 
 RUN_FAULTS = (DivergenceError, IsolationError, PeerLostError, SaveError)
 
@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     faulthandler.enable()  # a crash in native code then says where
     end_at_once_on_interrupt()
+    launcher = Launcher()
     ranks, joined = None, False
     try:
         config = load_config(arguments.config, arguments.overrides)
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         from nmar_ds.training.run import run_training
 
         joined = True
-        run_training(config, plan, ranks)
+        run_training(config, plan, ranks, launcher)
         return 0
     except (NmarError, OSError) as error:
         # Once for what all ranks know; before they meet, once per machine; else by the one rank.

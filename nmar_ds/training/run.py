@@ -34,10 +34,10 @@ from nmar_ds.training.monitor import Monitor
 from nmar_ds.training.planning import RunPlan
 from nmar_ds.training.ranks import Ranks
 from nmar_ds.training.run_folder import RunLock, check_space, checkpoint_bytes
-from nmar_ds.training.stopping import StopSignal
+from nmar_ds.training.stopping import Launcher, StopSignal, stop_reason, told_to_stop
 
 
-def run_training(config: RunConfig, plan: RunPlan, ranks: Ranks) -> bool:
+def run_training(config: RunConfig, plan: RunPlan, ranks: Ranks, launcher: Launcher) -> bool:
     """Train, resuming where a former attempt left off.
 
     Returns:
@@ -47,7 +47,7 @@ def run_training(config: RunConfig, plan: RunPlan, ranks: Ranks) -> bool:
         NmarError: anything a user can mend, the same on all ranks.
     """
     start_process_group(ranks, timeout_seconds=config.training.timeout_seconds)
-    stop = StopSignal()
+    stop = StopSignal(launcher)
     lock = RunLock(Path(config.output))
     try:
         with naming_lost_peers():
@@ -67,7 +67,7 @@ def _run(config: RunConfig, plan: RunPlan, ranks: Ranks, stop: StopSignal, lock:
         if peers.rank == 0:
             print(f"already complete: {found.folder} is after the last step", flush=True)
         return True
-    if _told_to_stop(stop, peers, first_step):
+    if told_to_stop(stop, peers, first_step):
         return False
     settings = deepspeed_config(config, world_size=ranks.world_size)
     with peers.share_errors():
@@ -98,14 +98,14 @@ def _run(config: RunConfig, plan: RunPlan, ranks: Ranks, stop: StopSignal, lock:
         )
         if found:
             monitor.say(f"resumed   from {found.folder} after step {first_step}")
-        if _told_to_stop(stop, peers, first_step):
+        if told_to_stop(stop, peers, first_step):
             return False
         loop = _make_loop(
             config, plan, ranks, engine, loader=loader, monitor=monitor, peers=peers, stop=stop
         )
         complete = loop.run(first_step)
         if not complete:
-            monitor.say(f"stopped by {_stop_reason(stop, peers)}")
+            monitor.say(f"stopped by {stop_reason(stop, peers)}")
         return complete
 
 
@@ -119,22 +119,6 @@ def _take_folder(lock: RunLock, peers: ProcessPeers) -> None:
     with peers.share_errors():  # rank 0 has it; the others add their part
         if peers.rank != 0:
             lock.join(peers.rank)
-
-
-def _stop_reason(stop: StopSignal, peers: ProcessPeers) -> str:
-    """What the first rank that was told to stop was told by. Collective."""
-    reasons = peers.gather(stop.reason)
-    return next(f"{why} on rank {rank}" for rank, why in enumerate(reasons) if why is not None)
-
-
-def _told_to_stop(stop: StopSignal, peers: ProcessPeers, first_step: int) -> bool:
-    """Whether any rank was, before its first step: there is nothing new to save. Collective."""
-    if not any(peers.gather(stop())):
-        return False
-    reason = _stop_reason(stop, peers)
-    if peers.rank == 0:
-        print(f"stopped by {reason} before step {first_step + 1}: nothing new to save", flush=True)
-    return True
 
 
 def _prepare_folder(

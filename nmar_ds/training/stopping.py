@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import psutil
 
@@ -21,6 +22,15 @@ LAUNCHER_MODULES = ("deepspeed.launcher.launch", "deepspeed.launcher.runner",
                     "torch.distributed.run", "torch.distributed.launch")  # fmt: skip
 LAUNCHER_COMMANDS = ("deepspeed", "ds", "torchrun")
 SECONDS_BETWEEN_LOOKS = 1.0  # a look at both ancestors costs some 20 microseconds
+
+
+class Gathers(Protocol):
+    """The ranks, as far as stopping needs them."""
+
+    rank: int
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank, in order of rank; waits for all."""
 
 
 def is_launcher(words: Sequence[str]) -> bool:
@@ -71,12 +81,14 @@ class StopSignal:
     A second signal changes nothing: the save that the first one asked for goes on.
 
     Args:
+        launcher: looked up at the very start of the process: a launcher that is gone by the time
+            the ranks have met has to be missed too.
         clock: seconds, monotonic.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, launcher: Launcher, clock: Callable[[], float] = time.monotonic) -> None:
         self.reason: str | None = None
-        self._launcher = Launcher()
+        self._launcher = launcher
         self._clock, self._last_look = clock, -SECONDS_BETWEEN_LOOKS
         for number in STOP_SIGNALS:
             # `nohup` starts a run with HUP ignored, and means it.
@@ -101,3 +113,19 @@ def end_at_once_on_interrupt() -> None:
     """Before the ranks have met there is nothing to save: Ctrl-C ends them without a traceback."""
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def stop_reason(stop: StopSignal, peers: Gathers) -> str:
+    """What the first rank that was told to stop was told by. Collective."""
+    reasons = peers.gather(stop.reason)
+    return next(f"{why} on rank {rank}" for rank, why in enumerate(reasons) if why is not None)
+
+
+def told_to_stop(stop: StopSignal, peers: Gathers, first_step: int) -> bool:
+    """Whether any rank was, before its first step: there is nothing new to save. Collective."""
+    if not any(peers.gather(stop())):
+        return False
+    reason = stop_reason(stop, peers)
+    if peers.rank == 0:
+        print(f"stopped by {reason} before step {first_step + 1}: nothing new to save", flush=True)
+    return True

@@ -137,6 +137,23 @@ def test_a_signal_before_the_ranks_have_met(prepared: Prepared, tmp_path: Path) 
     assert not run.exists()
 
 
+def test_a_launcher_that_dies_while_its_ranks_load(prepared: Prepared, tmp_path: Path) -> None:
+    """It is missed once they have met, and nobody trains a step for nobody."""
+    run = tmp_path / "run"
+    fault = {"where": "planning", "rank": 0, "how": "sleep", "seconds": 2,
+             "mark": str(tmp_path / "mark")}  # fmt: skip
+    launched = Launch(prepared.config, f"output={run}", fault=fault)
+    try:
+        launched.wait_for_file(tmp_path / "mark")
+        os.kill(launched.everyone["cli"], signal.SIGKILL)
+        launched.wait_until_gone(60)
+        said = launched.said()
+    finally:
+        launched.clean_up()
+    assert re.search(r"stopped by the end of deepspeed .* before step 1: nothing new", said), said
+    assert newest_step(run) is None
+
+
 def test_an_orphaned_run_resumes_bit_exactly(
     prepared: Prepared, server: ForkServer, tmp_path: Path
 ) -> None:

@@ -44,8 +44,8 @@ def test_only_launchers_are_watched(command: str, expected: bool) -> None:
 
 CHILD = """
 import sys, time
-from nmar_ds.training.stopping import StopSignal
-stop = StopSignal()
+from nmar_ds.training.stopping import Launcher, StopSignal
+stop = StopSignal(Launcher())
 print("ready", flush=True)
 for _ in range(600):
     if stop():
@@ -120,13 +120,13 @@ def test_a_signal_is_remembered_with_its_name_and_a_second_changes_nothing(
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
         for first, second in ((signal.SIGTERM, signal.SIGINT), (signal.SIGUSR2, signal.SIGUSR2)):
-            stop = StopSignal()
+            stop = StopSignal(Launcher())
             assert not stop() and stop.reason is None
             os.kill(os.getpid(), first)
             os.kill(os.getpid(), second)
             assert stop() and stop.reason == f"a signal ({first.name})"
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-        StopSignal()
+        StopSignal(Launcher())
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         for number, handler in before.items():
@@ -139,7 +139,7 @@ def test_ancestors_are_looked_at_once_a_second(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Launcher, "lost", lambda self: looks.append(1))
     now = [100.0]
     try:
-        stop = StopSignal(clock=lambda: now[0])
+        stop = StopSignal(Launcher(), clock=lambda: now[0])
         for _ in range(50):  # five seconds in tenths
             stop()
             now[0] += 0.1
