@@ -13,7 +13,7 @@ OVERRIDES ?=
 SMOLLM2_RUN ?= runs/smollm2
 SMOLLM2_MODEL ?= runs/smollm2_135m_instruct
 
-.PHONY: help install quickstart smollm2 test test-nodes check mutants tensorboard clean
+.PHONY: help install quickstart smollm2 test test-nodes test-faults test-pretrained check mutants tensorboard clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -45,6 +45,12 @@ test: $(VENV)/installed  ## the tests (under 15 minutes on two cores)
 
 test-nodes: $(VENV)/installed  ## one run on two nodes (network namespaces of this machine; 2 minutes)
 	$(BIN)/python -m pytest tests/nodes
+
+test-faults: $(VENV)/installed  ## kills, signals, full disks and second jobs (under 20 minutes)
+	$(BIN)/python -m pytest tests/faults
+
+test-pretrained: $(VENV)/smollm2  ## real pretrained weights, trained, resumed, exported (10 minutes)
+	$(BIN)/python -m pytest tests/pretrained
 
 check: $(VENV)/installed  ## ruff, mypy and shellcheck
 	$(BIN)/ruff check .

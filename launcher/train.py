@@ -4,7 +4,7 @@
 
 Also started by torchrun, or by plain python as one rank. Continues from the newest valid
 checkpoint of the run folder. Exit codes: 0 done, or stopped by a signal and saved; 1 a fault of
-the run; 2 bad input or configuration.
+the run; 2 bad input or configuration; 4 the run folder is in use.
 """
 
 from __future__ import annotations
@@ -14,8 +14,19 @@ import faulthandler
 import os
 import sys
 
-from nmar_ds.errors import DivergenceError, IsolationError, LaunchError, NmarError
+from nmar_ds.errors import (
+    DivergenceError,
+    IsolationError,
+    LaunchError,
+    LockedError,
+    NmarError,
+    PeerLostError,
+    SaveError,
+)
 from nmar_ds.training.ranks import complete_environment, discover_ranks
+from nmar_ds.training.stopping import Launcher, end_at_once_on_interrupt
+
+RUN_FAULTS = (DivergenceError, IsolationError, PeerLostError, SaveError)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -38,6 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
     arguments = parse(argv)
     faulthandler.enable()  # a crash in native code then says where
+    end_at_once_on_interrupt()
+    launcher = Launcher()
     ranks, joined = None, False
     try:
         from nmar_ds.config import load_config
@@ -61,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         from nmar_ds.training.run import run_training
 
         joined = True
-        run_training(config, plan, ranks)
+        run_training(config, plan, ranks, launcher)
         return 0
     except (NmarError, OSError) as error:
         # Once for what all ranks know; before they meet, once per machine; else by the one rank.
@@ -70,7 +83,9 @@ def main(argv: list[str] | None = None) -> int:
         if ranks is None or alone or (ranks.rank if met else ranks.local_rank) == 0:
             who = f"rank {ranks.rank}: " if ranks is not None and alone and ranks.rank else ""
             print(f"error: {who}{error}", file=sys.stderr, flush=True)
-        return 1 if isinstance(error, DivergenceError | IsolationError) else 2
+        if isinstance(error, LockedError):
+            return 4
+        return 1 if isinstance(error, RUN_FAULTS) else 2
 
 
 if __name__ == "__main__":

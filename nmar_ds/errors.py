@@ -1,7 +1,7 @@
 """Errors a user can act on.
 
 Every one of them prints as one line that names the place and what was expected there; the
-launchers turn them into exit code 2 (bad input) without a traceback.
+launchers turn them into an exit code (2 for bad input) without a traceback.
 """
 
 from __future__ import annotations
@@ -71,8 +71,24 @@ class CheckpointError(NmarError):
     """A checkpoint that is missing, damaged, or belongs to another run."""
 
 
+class SaveError(CheckpointError):
+    """A checkpoint that could not be written; the one before is untouched."""
+
+
+class FolderError(NmarError):
+    """A folder or file that cannot be made, read or written, or has no room."""
+
+
+class LockedError(NmarError):
+    """A run folder that another job is using."""
+
+
 class LaunchError(NmarError):
     """Ranks that were started with missing or contradictory settings."""
+
+
+class PeerLostError(NmarError):
+    """Another rank ended in the middle of a collective."""
 
 
 class IsolationError(NmarError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 EXPORT_SETTINGS = "nmar.json"  # in an exported model folder: what `<UNDO>` means to the model
@@ -22,3 +23,32 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def about(error: OSError, path: Path) -> str:
+    """One line on an error of the operating system: the file it names, or `path`, and why."""
+    where = error.filename if isinstance(error.filename, str | os.PathLike) else path
+    return f"{where}: {error.strerror or error}"
+
+
+def no_room(error: BaseException, path: Path, size: int) -> str:
+    """One line on a file that could not be written, with the bytes it wants and what is free.
+
+    Torch's zip writer hides the operating system's error (ENOSPC, EROFS) behind its own.
+
+    Args:
+        error: what writing raised.
+        path: the file.
+        size: bytes of its content.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    why = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error)
+    return f"{path}: {why.splitlines()[0]}; it needs {size:,} bytes, {free_bytes(path):,} are free"
+
+
+def free_bytes(path: Path) -> int:
+    """What the file system has left where a file is, or is going to be."""
+    place = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    return shutil.disk_usage(place).free

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nmar_ds.errors import NmarError, StoreError
-from nmar_ds.files import sha256_file, sync
+from nmar_ds.files import free_bytes, sha256_file, sync
 from nmar_ds.traces.encoding import Tokenizer, load_tokenizer
 from nmar_ds.traces.reduction import Machine
 from nmar_ds.traces.schema import NUM_ROLES, IdArray, Role, RoleArray, Trace
@@ -120,9 +120,11 @@ def write_store(
             sync(file)
         _put_in_place(partial, folder)
     except OSError as error:
+        written = _size_of(partial)
         shutil.rmtree(partial, ignore_errors=True)
         raise StoreError(
-            f"{folder}: {error.strerror or error}, expected a writable place"
+            f"{folder}: {error.strerror or error} after {written:,} bytes, of which "
+            f"{free_bytes(folder):,} are free again; expected a writable place with room"
         ) from error
     except NmarError:  # a bad trace: nothing half-written stays
         shutil.rmtree(partial, ignore_errors=True)
@@ -433,6 +435,10 @@ def _described(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise StoreError(f"{file}: {error.strerror}, expected a readable file") from error
     return {"size": file.stat().st_size, "sha256": digest}
+
+
+def _size_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _require_replaceable(folder: Path) -> None:

@@ -26,16 +26,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from nmar_ds.errors import CheckpointError
-from nmar_ds.files import sha256_file, sync
+from nmar_ds.errors import CheckpointError, SaveError
+from nmar_ds.files import about, sha256_file, sync
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 LATEST = "latest"
 STEP_FOLDER = re.compile(r"step-(\d{8})")
-# DeepSpeed drops executable scripts beside the data; nothing in a checkpoint is ever executed.
 _UNSEALED = "0" * 64
-DROPPED_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 
 
 class Peers(Protocol):
@@ -81,12 +79,19 @@ def write_atomically(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+    reached(f"written_aside:{path.name}")
     aside.replace(path)
     sync(path.parent)
 
 
 def reached(point: str) -> None:
-    """Named places of `publish`; tests replace this to die at one of them."""
+    """Named places of a save and of retention; tests replace this to die at one of them.
+
+    In order: cleared, before_write, [DeepSpeed's files], after_write, after_hash, before_manifest,
+    written_aside:manifest.json, after_manifest, [moved_aside, if a damaged one stood in the way],
+    after_rename, written_aside:latest, after_latest, committed, unmarked (retention, per folder),
+    retained.
+    """
 
 
 def publish(
@@ -109,16 +114,16 @@ def publish(
         keep: verified checkpoints to keep.
 
     Raises:
-        CheckpointError: a rank could not write; the previous checkpoint stays as it was.
+        SaveError: a rank could not write; the previous checkpoint stays as it was.
     """
     final, partial = folder / folder_name(step), folder / (folder_name(step) + ".partial")
-    problem = _attempt(peers, lambda: _clear(folder) if peers.rank == 0 else None)
+    problem = _attempt(peers, partial, lambda: _clear(folder, partial) if peers.rank == 0 else None)
     if problem is None:  # the folder is ready: the gather above was the barrier
-        problem = _attempt(peers, lambda: _write(save, folder, partial.name))
+        problem = _attempt(peers, partial, lambda: _write(save, folder, partial.name))
     files: dict[str, Any] = {}
     if problem is None:  # every rank's files are complete: the gather above was the barrier
         table: dict[str, Any] = {}
-        problem = _attempt(peers, lambda: table.update(_own_files(partial, peers.rank)))
+        problem = _attempt(peers, partial, lambda: table.update(_own_files(partial, peers.rank)))
         files = {name: entry for part in peers.gather(table) for name, entry in part.items()}
     if peers.rank == 0:
         if problem is None:
@@ -127,19 +132,23 @@ def publish(
             shutil.rmtree(partial, ignore_errors=True)
     problem = peers.broadcast(problem)
     if problem is not None:
-        error = CheckpointError(problem)
+        error = SaveError(problem)
         error.shared = True
         raise error
+    reached("committed")
     if peers.rank == 0:
         retain(folder, keep=keep)
+        reached("retained")
     return final
 
 
-def _clear(folder: Path) -> None:
-    """Make the folder and remove what saves that died have left in it."""
+def _clear(folder: Path, partial: Path) -> None:
+    """Make the folders and remove what saves that died have left there."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob("step-*.partial"):
         shutil.rmtree(path)
+    partial.mkdir()
+    reached("cleared")
 
 
 def _write(save: Callable[[Path, str], None], folder: Path, tag: str) -> None:
@@ -148,13 +157,14 @@ def _write(save: Callable[[Path, str], None], folder: Path, tag: str) -> None:
     reached("after_write")
 
 
-def _attempt(peers: Peers, action: Callable[[], None]) -> str | None:
+def _attempt(peers: Peers, place: Path, action: Callable[[], None]) -> str | None:
     """Run an action on every rank; the first rank's problem, known to all, or None."""
     problem = None
     try:
         action()
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        problem = f"rank {peers.rank} could not write its part of the checkpoint: {error}"
+    except (OSError, SaveError) as error:
+        what = about(error, place) if isinstance(error, OSError) else error
+        problem = f"rank {peers.rank} could not write its part of the checkpoint: {what}"
     return next((p for p in peers.gather(problem) if p is not None), None)
 
 
@@ -166,6 +176,8 @@ def _own_files(partial: Path, rank: int) -> dict[str, dict[str, Any]]:
         if (int(owner.group(1)) if owner else 0) == rank:
             sync(path)
             table[path.name] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
+    if not table:
+        raise SaveError(f"{partial}: it left no file there")
     reached("after_hash")
     return table
 
@@ -175,8 +187,6 @@ def _commit(
 ) -> str | None:
     """Rank 0: manifest, rename, `latest`. Returns the problem, or None."""
     try:
-        for name in DROPPED_SCRIPTS:
-            (partial.parent / name).unlink(missing_ok=True)
         found = {path.name for path in partial.iterdir()}
         if found != set(files):
             return f"{partial}: {sorted(found ^ set(files))} appeared or vanished during the save"
@@ -187,13 +197,14 @@ def _commit(
         if final.exists():
             # Only a damaged one can stand here: a valid one would have been resumed from.
             final.rename(_free_name(final.with_name(final.name + ".invalid")))
+            reached("moved_aside")
         partial.rename(final)
         sync(final.parent)
         reached("after_rename")
         write_atomically(final.parent / LATEST, final.name + "\n")
         reached("after_latest")
     except OSError as error:
-        return f"{partial}: could not be published: {error}"
+        return f"could not publish the checkpoint: {about(error, partial)}"
     return None
 
 
@@ -303,6 +314,7 @@ def retain(folder: Path, *, keep: int) -> None:
         if whole >= keep:
             # The marker goes first: a half-deleted folder must not pass for a checkpoint.
             (candidate / MANIFEST).unlink(missing_ok=True)
+            reached("unmarked")
             shutil.rmtree(candidate, ignore_errors=True)
             continue
         try:

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from nmar_ds.config import OptimizerSection
-from nmar_ds.errors import LaunchError, NmarError
+from nmar_ds.errors import FolderError, LaunchError, NmarError, PeerLostError, SaveError
+from nmar_ds.files import about, no_room
 from nmar_ds.training.nodes import choose_interface, meet
 from nmar_ds.training.ranks import Ranks, threads_per_rank
 
@@ -36,6 +37,10 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler  # noqa: E402
 from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 from deepspeed.utils import set_z3_leaf_modules  # noqa: E402
+
+# What gloo says when a peer is gone or silent.
+LOST_PEER_SIGNS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
+                   "Timed out waiting", "Connection refused", "Application timeout")  # fmt: skip
 
 # The two globals a genuine ZeRO-3 checkpoint names besides tensors.
 torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum])
@@ -99,6 +104,25 @@ def close_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
+@contextlib.contextmanager
+def naming_lost_peers() -> Iterator[None]:
+    """Turn the torn connection of a peer that died into one line.
+
+    Raises:
+        PeerLostError: the block failed because another rank ended or did not answer.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # gloo has no type of its own; torch's DistError is a subclass
+        sign = next((sign for sign in LOST_PEER_SIGNS if sign in str(error)), None)
+        if sign is None and not isinstance(error, torch.distributed.DistError):
+            raise
+        raise PeerLostError(
+            f"another rank ended or did not answer ({sign or str(error).splitlines()[0]}); its own "
+            "message, if it could leave one, says why"
+        ) from error
+
+
 def all_reduce(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
     """Reduce in place over all ranks (`sum` or `max`) and return the tensor."""
     kind = {"sum": torch.distributed.ReduceOp.SUM, "max": torch.distributed.ReduceOp.MAX}[op]
@@ -127,15 +151,18 @@ class ProcessPeers:
 
     @contextlib.contextmanager
     def share_errors(self) -> Iterator[None]:
-        """Run a block whose `NmarError` on one rank ends it on all, with that rank's message.
+        """Run a block whose `NmarError` or `OSError` on one rank ends it on all, with its message.
 
-        Without it the healthy ranks would wait in their next collective until the timeout.
+        Without it the healthy ranks would wait in their next collective until the timeout. The
+        block itself must not be collective where it can fail on one rank alone.
         """
         problem: NmarError | None = None
         try:
             yield
         except NmarError as error:
             problem = error
+        except OSError as error:
+            problem = FolderError(about(error, Path()))
         problems = [p for p in self.gather(problem) if p is not None]
         if problems:
             problems[0].shared = True
@@ -190,6 +217,11 @@ class Engine:
         self.world_size = torch.distributed.get_world_size()
         self.rank = torch.distributed.get_rank()
         self.device = self._engine.device
+        self._unwritten: str | None = None
+        # A rank that failed in here alone would leave the others waiting in DeepSpeed's barriers.
+        self._engine.checkpoint_engine.save = self._write
+        # It would put executable scripts beside the data.
+        self._engine._copy_recovery_script = lambda folder: None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, with its parameters gathered."""
@@ -228,10 +260,25 @@ class Engine:
         return float("nan") if norm is None else float(norm)
 
     def save_into(self, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
-        """Write this rank's part of a checkpoint to `folder/tag`. Collective; no `latest` file."""
+        """Write this rank's part of a checkpoint to `folder/tag`. Collective; no `latest` file.
+
+        Raises:
+            SaveError: on the rank that could not write, after all ranks have come through.
+        """
+        self._unwritten = None
         self._engine.save_checkpoint(
             str(folder), tag=tag, client_state={"nmar": client_state}, save_latest=False
         )
+        if self._unwritten is not None:
+            raise SaveError(self._unwritten)
+
+    def _write(self, state_dict: dict[str, Any], path: str) -> None:
+        """DeepSpeed's hook for one file. Through Python's file, so that the error has a number."""
+        try:
+            with open(path, "wb") as file:
+                torch.save(state_dict, file)
+        except (OSError, RuntimeError) as error:
+            self._unwritten = self._unwritten or no_room(error, Path(path), _num_bytes(state_dict))
 
     def load_from(self, folder: Path, tag: str) -> dict[str, Any]:
         """Load `folder/tag` into a fresh engine and return this rank's client state."""
@@ -257,3 +304,11 @@ class Engine:
             name: safe_get_full_fp32_param(parameter).detach().clone()
             for name, parameter in self.module.named_parameters()
         }
+
+
+def _num_bytes(state: Any) -> int:
+    """Bytes of all tensors in nested containers."""
+    if isinstance(state, torch.Tensor):
+        return state.nbytes
+    items = state.values() if isinstance(state, dict) else state
+    return sum(map(_num_bytes, items)) if isinstance(state, dict | list | tuple) else 0

@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from nmar_ds.data.store import boundary_ids_of
-from nmar_ds.errors import CheckpointError, ConfigError, VocabularyError
-from nmar_ds.files import EXPORT_SETTINGS
+from nmar_ds.errors import CheckpointError, ConfigError, FolderError, VocabularyError
+from nmar_ds.files import EXPORT_SETTINGS, no_room
 from nmar_ds.inference.exported import FORMAT_VERSION, TOKENIZER_FOLDER
 from nmar_ds.traces.encoding import Tokenizer, assert_parity, load_tokenizer
 from nmar_ds.traces.parity import CheckedTokenizer, check_records
@@ -44,6 +46,7 @@ def export_checkpoint(
         ConfigError: `output` exists.
         VocabularyError: the run's tokenizer is not the one it was trained with.
         TraceError: a held-out text that the exported tokenizer encodes differently.
+        FolderError: `output` cannot be written; an earlier export there is untouched.
     """
     found = _choose(run / "checkpoints", step)
     if output.is_file():
@@ -61,8 +64,8 @@ def export_checkpoint(
         )
     aside = output.with_name(output.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
     try:
+        aside.mkdir(parents=True)
         num_weights = _write_model(found, aside)
         _write_tokenizer(tokenizer, run / "tokenizer", facts, aside)
         assert_parity(tokenizer, aside, ())
@@ -75,6 +78,9 @@ def export_checkpoint(
             shutil.rmtree(old)
         else:
             aside.rename(output)
+    except (OSError, SafetensorError) as error:
+        size = sum(int(entry["size"]) for entry in facts["files"].values()) // 3  # without moments
+        raise FolderError(no_room(error, output, size)) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return f"exported  {found.folder} ({num_weights:,} weights, {facts['dtype']}) to {output}"

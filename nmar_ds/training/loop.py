@@ -152,7 +152,7 @@ class TrainingLoop:
             DivergenceError: too many non-finite steps in a row.
         """
         if first_step == 0:
-            self.monitor.scalars(0, self.measure_heldout())
+            self.monitor.measured(0, self.measure_heldout())
         self.engine.train()
         for step in range(first_step, self.total_steps):
             started = time.monotonic()
@@ -168,7 +168,7 @@ class TrainingLoop:
             at_end = done == self.total_steps
             every = self.training.eval_every
             if at_end or (every is not None and done % every == 0):
-                self.monitor.scalars(done, self.measure_heldout())
+                self.monitor.measured(done, self.measure_heldout())
                 self.engine.train()
             if at_end or stop or (self.save_every and done % self.save_every == 0):
                 self.save(done)

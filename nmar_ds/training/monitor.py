@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
 from pathlib import Path
@@ -10,6 +12,8 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from nmar_ds.files import about
 
 
 class Monitor:
@@ -31,6 +35,7 @@ class Monitor:
         self._total_steps = total_steps
         self._started = time.monotonic()
         self._first_step = first_step
+        self._is_writer, self._folder = is_writer, folder
         if is_writer:
             purge = first_step + 1 if first_step else None
             self._writer = SummaryWriter(str(folder), purge_step=purge)
@@ -49,7 +54,8 @@ class Monitor:
         if self._bar is not None:
             self._bar.close()
         if self._writer is not None:
-            self._writer.close()
+            with contextlib.suppress(OSError):  # the curves' last lines, on a full disk
+                self._writer.close()
 
     def advance(self) -> None:
         """One optimizer step is done."""
@@ -57,21 +63,45 @@ class Monitor:
             self._bar.update(1)
 
     def say(self, text: str) -> None:
-        """One line for people, on rank 0."""
-        if self._writer is not None:
+        """One line for people, on rank 0.
+
+        A Ctrl-C ends the `tee` of `deepspeed ... | tee log` too; a run whose next line then failed
+        would lose the checkpoint it was about to save. So it goes on without a reader.
+        """
+        if not self._is_writer:
+            return
+        try:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
+        except OSError:
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Write scalars by tag at an optimizer step."""
-        if self._writer is not None:
+        if self._writer is None:
+            return
+        try:
             for tag, value in values.items():
                 self._writer.add_scalar(tag, value, step)
             self._writer.flush()
+        except OSError as error:  # curves are no reason to lose a run
+            self._writer = None
+            self.say(f"curves    stop at step {step}: {about(error, self._folder)}")
+
+    def measured(self, step: int, values: dict[str, float]) -> None:
+        """Write held-out scalars, and the losses and P(`<UNDO>`) as one line."""
+        self.scalars(step, values)
+        shown = "  ".join(
+            f"{tag.removeprefix('heldout/').removeprefix('loss_')} {value:.3f}"
+            for tag, value in values.items()
+            if tag.startswith("heldout/loss_") or tag == "heldout/p_undo_at_first_place"
+        )
+        self.say(f"held-out after step {step}: {shown}")
 
     def progress(self, step: int, values: dict[str, float]) -> None:
         """One line of progress, with the time left at the pace so far."""
-        if self._writer is None:
+        if not self._is_writer:
             return
         done = max(1, step - self._first_step)
         left = (time.monotonic() - self._started) / done * (self._total_steps - step)

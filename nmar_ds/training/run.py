@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from nmar_ds.training.engine import (
     all_reduce,
     close_process_group,
     make_optimizer,
+    naming_lost_peers,
     start_process_group,
 )
 from nmar_ds.training.loop import TrainingLoop, forward_arguments
@@ -37,27 +37,11 @@ from nmar_ds.training.monitor import Monitor
 from nmar_ds.training.nodes import check_same_everywhere, check_shared_folder
 from nmar_ds.training.planning import RunPlan
 from nmar_ds.training.ranks import Ranks
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-
-
-class StopSignal:
-    """Remembers that this rank was told to stop; the loop asks after each step."""
-
-    def __init__(self) -> None:
-        self.received = False
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._remember)
-
-    def _remember(self, number: int, frame: object) -> None:
-        self.received = True
-
-    def __call__(self) -> bool:
-        """Whether a signal has come."""
-        return self.received
+from nmar_ds.training.run_folder import RunLock, check_space, checkpoint_bytes
+from nmar_ds.training.stopping import Launcher, StopSignal, stop_reason, told_to_stop
 
 
-def run_training(config: RunConfig, plan: RunPlan, ranks: Ranks) -> bool:
+def run_training(config: RunConfig, plan: RunPlan, ranks: Ranks, launcher: Launcher) -> bool:
     """Train, resuming where a former attempt left off.
 
     Returns:
@@ -66,28 +50,32 @@ def run_training(config: RunConfig, plan: RunPlan, ranks: Ranks) -> bool:
     Raises:
         NmarError: anything a user can mend, the same on all ranks.
     """
-    stop = StopSignal()
-    device = start_process_group(ranks, timeout_seconds=config.training.timeout_seconds)
+    start_process_group(ranks, timeout_seconds=config.training.timeout_seconds)
+    stop = StopSignal(launcher)
+    lock = RunLock(Path(config.output))
     try:
-        return _run(config, plan, ranks, stop, device)
+        with naming_lost_peers():
+            return _run(config, plan, ranks, stop, lock)
     finally:
         close_process_group()
+        lock.release()
 
 
-def _run(
-    config: RunConfig, plan: RunPlan, ranks: Ranks, stop: StopSignal, device: torch.device
-) -> bool:
+def _run(config: RunConfig, plan: RunPlan, ranks: Ranks, stop: StopSignal, lock: RunLock) -> bool:
     peers = ProcessPeers()
     output = Path(config.output)
     check_same_everywhere(peers.gather({**plan.facts, **_versions()}))
     if ranks.world_size > ranks.local_world_size:
         check_shared_folder(output, peers)
+    _take_folder(lock, peers)
     found = _find_checkpoint(config, plan, peers, output / "checkpoints")
     first_step = found.step if found else 0
     if found and first_step >= plan.total_steps:
         if peers.rank == 0:
             print(f"already complete: {found.folder} is after the last step", flush=True)
         return True
+    if told_to_stop(stop, peers, first_step):
+        return False
     settings = deepspeed_config(config, world_size=ranks.world_size)
     with peers.share_errors():
         engine, undo_row = _build_engine(config, plan, settings)
@@ -95,59 +83,17 @@ def _run(
     torch.manual_seed(config.seed + 1 + ranks.rank)
     if found:
         _restore(engine.load_from(found.folder.parent, found.folder.name))
-    elif peers.rank == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-        checkpoints.write_atomically(output / "config.yaml", text)
-        shutil.copytree(plan.store.folder / "tokenizer", output / "tokenizer", dirs_exist_ok=True)
-
-    def loader_of(part: str) -> RowLoader:
-        store, rows = (
-            (plan.store, plan.plan) if part == "train" else (plan.heldout, plan.heldout_plan)
-        )
-        pad_id = store.manifest["tokenizer"]["pad_id"]
-        return RowLoader(
-            store,
-            rows,
-            store.role_counts,
-            seed=config.seed,
-            global_batch_rows=config.training.global_batch_rows,
-            micro_batch_rows=config.training.micro_batch_rows,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            pad_id=store.manifest["tokenizer"]["eos_id"] if pad_id is None else pad_id,
-        )
-
-    loader, heldout_loader = loader_of("train"), loader_of("heldout")
-
-    def arguments(batch: Batch) -> dict[str, Any]:
-        return forward_arguments(batch, plan.weights, device)
-
-    def save(step: int) -> None:
-        checkpoints.publish(
-            lambda folder, tag: engine.save_into(folder, tag, _state()),
-            output / "checkpoints",
-            step=step,
-            facts=_manifest_facts(config, plan, ranks, engine.module),
-            peers=peers,
-            keep=config.checkpoint.keep,
-        )
-
+    with peers.share_errors():
+        if peers.rank == 0:
+            _prepare_folder(output, config, plan, engine, fresh=found is None)
+    loader = _loader_of("train", config, plan, ranks)
     with Monitor(
         output / "tensorboard",
         is_writer=peers.rank == 0,
         total_steps=plan.total_steps,
         first_step=first_step,
     ) as monitor:
-        for line in plan.summary(config):
-            monitor.say(line)
-        num_weights = trainable_parameters(engine.module.parameters())
-        monitor.say(
-            f"model     {num_weights:,} weights, {config.model.dtype}, ZeRO-3 on "
-            f"{ranks.world_size} ranks ({device.type})"
-        )
-        norms = row_norms.describe(_undo_row_norms(engine, plan))
-        monitor.say(f"undo row  {undo_row}; {norms}")
+        _introduce(monitor, config, plan, engine, undo_row)
         # As in training: activation checkpointing, for one, is off in evaluation mode.
         engine.train()
         with peers.share_errors():
@@ -159,32 +105,128 @@ def _run(
         )
         if found:
             monitor.say(f"resumed   from {found.folder} after step {first_step}")
-        loop = TrainingLoop(
-            engine,
-            loader,
-            weights=plan.weights,
-            denominator_kind=config.objective.denominator,
-            options=config.objective.options,
-            optimizer=config.optimizer,
-            training=config.training,
-            total_steps=plan.total_steps,
-            monitor=monitor,
-            save=save,
-            save_every=config.checkpoint.every,
-            measure_heldout=lambda: (
-                heldout.measure(
-                    engine,
-                    heldout_loader,
-                    num_rows=config.training.eval_rows,
-                    onsets=plan.heldout.onsets,
-                    arguments=arguments,
-                    reduce=all_reduce,
-                )
-                | _undo_row_norms(engine, plan)
-            ),
-            stop_requested=stop,
+        if told_to_stop(stop, peers, first_step):
+            return False
+        loop = _make_loop(
+            config, plan, ranks, engine, loader=loader, monitor=monitor, peers=peers, stop=stop
         )
-        return loop.run(first_step)
+        complete = loop.run(first_step)
+        if not complete:
+            monitor.say(f"stopped by {stop_reason(stop, peers)}")
+        return complete
+
+
+def _take_folder(lock: RunLock, peers: ProcessPeers) -> None:
+    """Hold the run folder from now on, or refuse to start."""
+    with peers.share_errors():
+        if peers.rank == 0:
+            note = lock.claim()
+            if note is not None:
+                print(f"lock      {note}", flush=True)
+    with peers.share_errors():  # rank 0 has it; the others add their part
+        if peers.rank != 0:
+            lock.join(peers.rank)
+
+
+def _prepare_folder(
+    output: Path, config: RunConfig, plan: RunPlan, engine: Engine, *, fresh: bool
+) -> None:
+    """Rank 0: see that checkpoints will fit, and give a new run what their readers need."""
+    size = checkpoint_bytes(trainable_parameters(engine.module.parameters()), config.optimizer.name)
+    warning = check_space(output, size)
+    if warning is not None:
+        print(f"space     {warning}", flush=True)
+    if fresh:
+        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        checkpoints.write_atomically(output / "config.yaml", text)
+        shutil.copytree(plan.store.folder / "tokenizer", output / "tokenizer", dirs_exist_ok=True)
+
+
+def _introduce(
+    monitor: Monitor, config: RunConfig, plan: RunPlan, engine: Engine, undo_row: str
+) -> None:
+    """Say what is about to be trained on what."""
+    for line in plan.summary(config):
+        monitor.say(line)
+    num_weights = trainable_parameters(engine.module.parameters())
+    monitor.say(
+        f"model     {num_weights:,} weights, {config.model.dtype}, ZeRO-3 on "
+        f"{engine.world_size} ranks ({engine.device.type})"
+    )
+    norms = row_norms.describe(_undo_row_norms(engine, plan))
+    monitor.say(f"undo row  {undo_row}; {norms}")
+
+
+def _loader_of(part: str, config: RunConfig, plan: RunPlan, ranks: Ranks) -> RowLoader:
+    """This rank's rows of the `train` or the `heldout` store."""
+    store, rows = (plan.store, plan.plan) if part == "train" else (plan.heldout, plan.heldout_plan)
+    pad_id = store.manifest["tokenizer"]["pad_id"]
+    return RowLoader(
+        store,
+        rows,
+        store.role_counts,
+        seed=config.seed,
+        global_batch_rows=config.training.global_batch_rows,
+        micro_batch_rows=config.training.micro_batch_rows,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        pad_id=store.manifest["tokenizer"]["eos_id"] if pad_id is None else pad_id,
+    )
+
+
+def _make_loop(
+    config: RunConfig,
+    plan: RunPlan,
+    ranks: Ranks,
+    engine: Engine,
+    *,
+    loader: RowLoader,
+    monitor: Monitor,
+    peers: ProcessPeers,
+    stop: StopSignal,
+) -> TrainingLoop:
+    """The loop, given its ways to save and to measure."""
+    heldout_loader = _loader_of("heldout", config, plan, ranks)
+
+    def arguments(batch: Batch) -> dict[str, Any]:
+        return forward_arguments(batch, plan.weights, engine.device)
+
+    def save(step: int) -> None:
+        checkpoints.publish(
+            lambda folder, tag: engine.save_into(folder, tag, _state()),
+            Path(config.output) / "checkpoints",
+            step=step,
+            facts=_manifest_facts(config, plan, ranks, engine.module),
+            peers=peers,
+            keep=config.checkpoint.keep,
+        )
+
+    def measure_heldout() -> dict[str, float]:
+        losses = heldout.measure(
+            engine,
+            heldout_loader,
+            num_rows=config.training.eval_rows,
+            onsets=plan.heldout.onsets,
+            arguments=arguments,
+            reduce=all_reduce,
+        )
+        return losses | _undo_row_norms(engine, plan)
+
+    return TrainingLoop(
+        engine,
+        loader,
+        weights=plan.weights,
+        denominator_kind=config.objective.denominator,
+        options=config.objective.options,
+        optimizer=config.optimizer,
+        training=config.training,
+        total_steps=plan.total_steps,
+        monitor=monitor,
+        save=save,
+        save_every=config.checkpoint.every,
+        measure_heldout=measure_heldout,
+        stop_requested=stop,
+    )
 
 
 def _canary(
@@ -263,7 +305,11 @@ def _find_checkpoint(
                         f"{folder}: already holds checkpoints, and checkpoint.resume is never; "
                         "choose another `output` or resume: auto"
                     )
-                checkpoints.check_same_run(found.manifest["run"], plan.facts, found.folder)
+                checkpoints.check_same_run(
+                    {**found.manifest["run"], "name": found.manifest["name"]},
+                    {**plan.facts, "name": config.name},
+                    found.folder,
+                )
                 if found.manifest["world_size"] != peers.world_size:
                     raise CheckpointError(
                         f"{found.folder}: was saved by {found.manifest['world_size']} ranks, and "

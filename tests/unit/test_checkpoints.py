@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nmar_ds.errors import CheckpointError
+from nmar_ds.errors import CheckpointError, SaveError
 from nmar_ds.training import checkpoints
 from nmar_ds.training.checkpoints import (
     LATEST,
@@ -32,8 +32,12 @@ from nmar_ds.training.checkpoints import (
     write_atomically,
 )
 
-RANK_0_POINTS = ["before_manifest", "after_manifest", "after_rename", "after_latest"]
+RANK_0_POINTS = [
+    "before_manifest", "written_aside:manifest.json", "after_manifest", "after_rename",
+    "written_aside:latest", "after_latest",
+]  # fmt: skip
 OWN_POINTS = ["before_write", "after_write", "after_hash"]
+RENAMED_POINTS = ["after_rename", "written_aside:latest", "after_latest", "committed", "retained"]
 SMALL = 200
 
 
@@ -104,8 +108,6 @@ def saver(step: int, rank: int) -> Callable[[Path, str], None]:
         (folder / tag).mkdir(exist_ok=True)
         for name in files_of(rank):
             (folder / tag / name).write_bytes(content(step, name))
-        if rank == 0:  # as DeepSpeed does
-            (folder / "zero_to_fp32.py").write_text("raise SystemExit('executed')")
 
     return save
 
@@ -214,13 +216,18 @@ def test_the_order_is_the_contract(
         assert (
             state
             == {
-                "before_write": (False, False, False, "step-00000010"),
+                "cleared": (True, False, False, "step-00000010"),
+                "before_write": (True, False, False, "step-00000010"),
                 "after_write": (True, False, False, "step-00000010"),
                 "after_hash": (True, False, False, "step-00000010"),
                 "before_manifest": (True, False, False, "step-00000010"),
+                "written_aside:manifest.json": (True, False, False, "step-00000010"),
                 "after_manifest": (True, True, False, "step-00000010"),
                 "after_rename": (False, False, True, "step-00000010"),
+                "written_aside:latest": (False, False, True, "step-00000010"),
                 "after_latest": (False, False, True, "step-00000020"),
+                "committed": (False, False, True, "step-00000020"),
+                "retained": (False, False, True, "step-00000020"),
             }[point]
         )
 
@@ -228,19 +235,24 @@ def test_the_order_is_the_contract(
     points(look)
     publish_alone(tmp_path, 20)
     assert events == [
+        "cleared",
         "before_write",
         "after_write",
         *[f"sync {name}" for name in sorted(files_of(0))],
         "after_hash",
         "before_manifest",
         "sync manifest.json.tmp",
+        "written_aside:manifest.json",
         "sync step-00000020.partial",
         "after_manifest",
         f"sync {tmp_path.name}",
         "after_rename",
         "sync latest.tmp",
+        "written_aside:latest",
         f"sync {tmp_path.name}",
         "after_latest",
+        "committed",
+        "retained",
     ]
 
 
@@ -261,14 +273,17 @@ def test_the_manifest_waits_for_the_slowest_rank(
     written = [order.index((rank, "after_write")) for rank in (0, 1)]
     hashed = [order.index((rank, "after_hash")) for rank in (0, 1)]
     assert max(written) < min(hashed) and max(hashed) < order.index((0, "before_manifest"))
-    assert [point for rank, point in order if rank == 0] == OWN_POINTS + RANK_0_POINTS
-    assert [point for rank, point in order if rank == 1] == OWN_POINTS
+    assert [point for rank, point in order if rank == 0] == [
+        "cleared", *OWN_POINTS, *RANK_0_POINTS, "committed", "retained",
+    ]  # fmt: skip
+    assert [point for rank, point in order if rank == 1] == [*OWN_POINTS, "committed"]
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["first", "second"])
 @pytest.mark.parametrize(
     ("victim", "point"),
-    [(0, point) for point in OWN_POINTS + RANK_0_POINTS] + [(1, point) for point in OWN_POINTS],
+    [(0, point) for point in ["cleared", *OWN_POINTS, *RANK_0_POINTS]]
+    + [(1, point) for point in OWN_POINTS],
 )
 def test_dying_anywhere_leaves_the_newest_whole_checkpoint(
     victim: int, point: str, first: bool, tmp_path: Path, points: Callable[..., None]
@@ -284,7 +299,7 @@ def test_dying_anywhere_leaves_the_newest_whole_checkpoint(
         points(die)
         ends = publish_together(tmp_path, 20)
         assert all(isinstance(end, Died) for end in ends)
-        renamed = point in ("after_rename", "after_latest")
+        renamed = point in RENAMED_POINTS
         expected = 20 if renamed else None if first else 10
         assert newest(tmp_path) == (expected, [])
         points(lambda _: None)
@@ -360,7 +375,7 @@ FULL_DISK = OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize("broken", [0, 1])
-@pytest.mark.parametrize("error", [FULL_DISK, RuntimeError("inline_container.cc: write failed")])
+@pytest.mark.parametrize("error", [FULL_DISK, SaveError("x.pt: No space left on device")])
 def test_a_full_disk_on_one_rank_is_everyones_error_and_costs_nothing(
     broken: int, error: Exception, tmp_path: Path
 ) -> None:
@@ -377,7 +392,8 @@ def test_a_full_disk_on_one_rank_is_everyones_error_and_costs_nothing(
     ends = publish_together(tmp_path, 20, save=save)
     for end in ends:
         assert isinstance(end, CheckpointError)
-        assert f"rank {broken}" in str(end) and str(error) in str(end)
+        assert f"rank {broken}" in str(end) and "No space left on device" in str(end)
+        assert "x.pt" in str(end) or "step-00000020.partial" in str(end)
     assert not (tmp_path / "step-00000020.partial").exists()
     assert newest(tmp_path) == (10, [])
     assert publish_together(tmp_path, 20) == [None, None]  # and the next one succeeds
