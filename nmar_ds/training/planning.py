@@ -16,6 +16,7 @@ from nmar_ds.data.packing import Plan, best_fit_decreasing
 from nmar_ds.data.store import Store
 from nmar_ds.errors import ConfigError, StoreError
 from nmar_ds.model.folder import check_model_folder
+from nmar_ds.model.own_tokenizer import check_own_tokenizer
 from nmar_ds.model.weighting import role_weights
 from nmar_ds.traces.schema import Role
 
@@ -156,12 +157,7 @@ def plan_run(config: RunConfig) -> RunPlan:
         if opened.num_traces == 0:
             raise StoreError(f"{store_folder(config, part)}: holds no traces")
     if config.model.path is not None:
-        check_model_folder(
-            Path(config.model.path),
-            tokenizer_size=store.manifest["tokenizer"]["size"],
-            undo_id=store.manifest["tokenizer"]["undo_id"],
-            tokenizer_fingerprint=fingerprint,
-        )
+        _check_model(Path(config.model.path), store)
     if Path(config.output).exists() and not Path(config.output).is_dir():
         raise ConfigError(f"output: {config.output}: is a file, expected a folder")
     plan = best_fit_decreasing(store.lengths, config.data.sequence_length)
@@ -190,6 +186,18 @@ def plan_run(config: RunConfig) -> RunPlan:
         untrained=untrained,
         facts=_facts(config, plan, store.manifest, total_steps),
     )
+
+
+def _check_model(folder: Path, store: Store) -> None:
+    """Check a model folder and that its ids mean what the store's do."""
+    described = store.manifest["tokenizer"]
+    trained_before = check_model_folder(
+        folder,
+        tokenizer_size=described["size"],
+        tokenizer_fingerprint=described["fingerprint"],
+    )
+    if not trained_before:  # an export of ours has proved it by the fingerprint
+        check_own_tokenizer(folder, store.tokenizer_folder(), undo_id=described["undo_id"])
 
 
 def _content(manifest: dict[str, Any]) -> str:

@@ -83,7 +83,7 @@ def _run(
         return True
     settings = deepspeed_config(config, world_size=ranks.world_size)
     with peers.share_errors():
-        engine, undo_row = _build_engine(config, plan, settings)
+        engine, undo_row = _build_engine(config, plan, settings, peers)
     # Every rank draws the same numbers before this line; dropout and the like must differ after.
     torch.manual_seed(config.seed + 1 + ranks.rank)
     if found:
@@ -191,7 +191,9 @@ def _canary(
     )
 
 
-def _build_engine(config: RunConfig, plan: RunPlan, settings: dict[str, Any]) -> tuple[Engine, str]:
+def _build_engine(
+    config: RunConfig, plan: RunPlan, settings: dict[str, Any], peers: ProcessPeers
+) -> tuple[Engine, str]:
     facts = plan.store.manifest["tokenizer"]
     loaded = load_model(
         config.model,
@@ -205,6 +207,7 @@ def _build_engine(config: RunConfig, plan: RunPlan, settings: dict[str, Any]) ->
             "pad_token_id": facts["pad_id"],
         },
         seed=config.seed,
+        peers=peers,
     )
     longest = max(int(store.lengths.max()) for store in (plan.store, plan.heldout))
     check_supported(loaded.model.config, longest=longest)
