@@ -384,7 +384,7 @@ def load_folder(folder: str, *, undo_id: int, dtype: str) -> dict[str, Any]:
     from nmar_ds.config import ModelSection, deepspeed_config
     from nmar_ds.model.loading import load_model
     from nmar_ds.model.training_model import UndoTrainingModel
-    from nmar_ds.training.engine import Engine, make_optimizer
+    from nmar_ds.training.engine import Engine, ProcessPeers, make_optimizer
 
     config, _ = settings(2, global_rows=4, persistence=0, learning_rate=0.05)
     section = ModelSection(path=folder, dtype=dtype)
@@ -398,6 +398,7 @@ def load_folder(folder: str, *, undo_id: int, dtype: str) -> dict[str, Any]:
         undo_id=undo_id,
         ids=ids,
         seed=100 + dist.get_rank(),  # new rows sampled per rank would differ
+        peers=ProcessPeers(),
     )
     model = UndoTrainingModel(loaded.model)
     engine = Engine(model, ds_settings, make_optimizer(model, config.optimizer))
