@@ -14,7 +14,7 @@ import pytest
 from nmar_ds.config import RunConfig
 from nmar_ds.data.prepare import prepare_run
 from nmar_ds.data.store import write_store
-from nmar_ds.errors import ConfigError, StoreError
+from nmar_ds.errors import ConfigError, StoreError, VocabularyError
 from nmar_ds.traces.encoding import Tokenizer
 from nmar_ds.traces.schema import NUM_ROLES, Trace
 from nmar_ds.training.checkpoints import check_same_run
@@ -354,3 +354,33 @@ def test_what_prepare_writes_is_what_a_run_asks_for(
     assert all("up to date" in line for line in list(prepare_run(run))[1:])
     again = plan_run(run)
     assert again.facts == plan.facts
+
+
+def test_a_model_with_another_tokenizer_of_the_same_size_is_refused(
+    stores: Path, small_tokenizer: Tokenizer
+) -> None:
+    """Before torch: a run on ids that mean other pieces to the model would only seem to learn."""
+    from safetensors.numpy import save_file
+
+    from nmar_ds.traces.sentencepiece_vocabulary import read_model
+
+    folder = stores / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    save_file(
+        {"model.embed_tokens.weight": np.ones((small_tokenizer.size, 2), np.float32)},
+        folder / "model.safetensors",
+    )
+    small_tokenizer.save(folder)
+    run = config(stores, model={"path": str(folder)})
+    plan_run(run)
+    model = read_model(folder / "tokenizer.model")
+    model.pieces[20].piece, model.pieces[21].piece = model.pieces[21].piece, model.pieces[20].piece
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    with pytest.raises(
+        VocabularyError, match=r"model/tokenizer\.model: id 20 is .*data's tokenizer"
+    ):
+        plan_run(run)
+    facts = {"tokenizer_fingerprint": small_tokenizer.fingerprint}
+    (folder / "nmar.json").write_text(json.dumps(facts))  # an export proves it by fingerprint
+    plan_run(run)
