@@ -311,15 +311,23 @@ class Store:
         Raises:
             StoreError: it is not the one the traces were encoded with.
         """
-        for name in self.manifest["files"]:
-            if name.startswith(f"{TOKENIZER_FOLDER}/"):
-                self._verify(name)
+        folder = self.tokenizer_folder()
         described = self.manifest["tokenizer"]
-        folder = self.folder / TOKENIZER_FOLDER
         tokenizer = load_tokenizer(folder, undo_token=described["undo_token"])
         if tokenizer.fingerprint != described["fingerprint"]:
             raise StoreError(f"{folder}: another tokenizer than the manifest's; {AGAIN}")
         return tokenizer
+
+    def tokenizer_folder(self) -> Path:
+        """Return the folder of the store's own copy of the tokenizer, its files hashed.
+
+        Raises:
+            StoreError: names the first file that differs from the manifest.
+        """
+        for name in self.manifest["files"]:
+            if name.startswith(f"{TOKENIZER_FOLDER}/"):
+                self._verify(name)
+        return self.folder / TOKENIZER_FOLDER
 
     def verify(self) -> None:
         """Hash every file.

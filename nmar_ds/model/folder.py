@@ -6,12 +6,19 @@ A mismatch that transformers would find on rank 0 alone leaves the other ranks w
 from __future__ import annotations
 
 import json
-import struct
 from pathlib import Path
 from typing import Any
 
 from nmar_ds.errors import ConfigError, VocabularyError
 from nmar_ds.files import EXPORT_SETTINGS
+from nmar_ds.model.weight_files import read_stored_tensors
+from nmar_ds.traces.encoding import TOKENIZER_CONFIG
+
+_QUANTISED = ("quantization_config", "compression_config")
+# Parts of models that read images or sound, or that encode before they decode.
+_OTHER_PARTS = (
+    "vision_config", "visual", "audio_config", "speech_config", "text_config", "encoder", "decoder",
+)  # fmt: skip
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -26,76 +33,42 @@ def _read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors in a folder's safetensors files, from their headers alone.
+def check_model_folder(folder: Path, *, tokenizer_size: int, tokenizer_fingerprint: str) -> bool:
+    """Check that a folder holds a model that can be trained on data of this tokenizer.
 
-    Raises:
-        ConfigError: no safetensors there, or a header cannot be read.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ConfigError(f"model.path: {folder}: holds no .safetensors weights")
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        try:
-            with file.open("rb") as stream:
-                (size,) = struct.unpack("<Q", stream.read(8))
-                header = json.loads(stream.read(min(size, file.stat().st_size)))
-            shapes |= {k: tuple(v["shape"]) for k, v in header.items() if k != "__metadata__"}
-        except (OSError, struct.error, ValueError, TypeError, KeyError, AttributeError):
-            raise ConfigError(f"model.path: {file}: is not a whole safetensors file") from None
-    return shapes
-
-
-def _own_vocabulary_size(folder: Path) -> int | None:
-    """Ids of the folder's own tokenizer.json, or else of its tokenizer.model, if it has one."""
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        if not (folder / "tokenizer.model").is_file():
-            return None
-        from nmar_ds.traces.sentencepiece_vocabulary import read_model
-
-        return len(read_model(folder / "tokenizer.model").pieces)
-    import tokenizers
-
-    try:
-        return int(tokenizers.Tokenizer.from_file(str(file)).get_vocab_size())
-    except Exception as error:  # the binding raises bare Exception
-        raise ConfigError(f"model.path: {file}: is no tokenizer: {error}") from None
-
-
-def check_model_folder(
-    folder: Path, *, tokenizer_size: int, undo_id: int, tokenizer_fingerprint: str
-) -> bool:
-    """Check that a folder can be trained on data of this tokenizer.
+    Whether its own tokenizer is the data's is for `check_own_tokenizer` to say.
 
     Args:
         folder: `model.path`.
         tokenizer_size: ids of the data's tokenizer, `<UNDO>` among them.
-        undo_id: id of `<UNDO>`.
         tokenizer_fingerprint: of the data's tokenizer.
 
     Returns:
         Whether the folder is an earlier export whose `<UNDO>` row is trained already.
 
     Raises:
-        ConfigError: not a model folder, or one that wants code of its own run.
-        VocabularyError: its rows or its tokenizer do not fit the data's tokenizer.
+        ConfigError: not a model folder, one that wants code of its own run, or one whose weights
+            are quantised, pickled, damaged or not only a language model's.
+        VocabularyError: its rows do not fit the data's tokenizer, or an export's tokenizer is
+            not the data's.
     """
     if not folder.is_dir():
         raise ConfigError(f"model.path: {folder}: no such folder")
     config = _read_object(folder / "config.json")
-    if "auto_map" in config:
-        raise ConfigError(f"model.path: {folder}: wants code of its own run (auto_map): refused")
+    _check_config(folder / "config.json", config)
+    if (folder / TOKENIZER_CONFIG).is_file():
+        _check_no_code(folder / TOKENIZER_CONFIG, _read_object(folder / TOKENIZER_CONFIG))
     rows = config.get("vocab_size")
-    for name, shape in stored_shapes(folder).items():
-        if name.endswith("embed_tokens.weight") and rows is not None and shape[0] != rows:
+    for name, tensor in read_stored_tensors(folder).items():
+        if not name.endswith("embed_tokens.weight") or not tensor.shape:
+            continue
+        if rows is not None and tensor.shape[0] != rows:
             raise VocabularyError(
-                f"{folder}: {name} has {shape[0]} rows, but config.json says {rows}"
+                f"{tensor.file}: {name} has {tensor.shape[0]} rows, but config.json says {rows}"
             )
-        if name.endswith("embed_tokens.weight") and shape[0] < tokenizer_size - 1:
+        if tensor.shape[0] < tokenizer_size - 1:
             raise VocabularyError(
-                f"{folder}: has rows for {shape[0]} ids, but the data's tokenizer has "
+                f"{folder}: has rows for {tensor.shape[0]} ids, but the data's tokenizer has "
                 f"{tokenizer_size}, expected the model's own tokenizer"
             )
     if (folder / EXPORT_SETTINGS).is_file():
@@ -106,11 +79,34 @@ def check_model_folder(
                 "the data's, expected the same"
             )
         return True
-    own = _own_vocabulary_size(folder)
-    # The data's tokenizer is the model's own plus `<UNDO>`, or the very same one.
-    if own is not None and own not in (tokenizer_size, tokenizer_size - 1):
-        raise VocabularyError(
-            f"{folder}: its tokenizer has {own} ids, the data's has {tokenizer_size} with the undo "
-            f"token (id {undo_id}), expected {own + 1}"
-        )
     return False
+
+
+def _check_no_code(file: Path, settings: dict[str, Any]) -> None:
+    if settings.get("auto_map") is not None:
+        raise ConfigError(
+            f"model.path: {file}: wants code of its own run (auto_map), which is refused, expected "
+            "an architecture that transformers has; if it has it, remove the key"
+        )
+
+
+def _check_config(file: Path, config: dict[str, Any]) -> None:
+    _check_no_code(file, config)
+    for key in _QUANTISED:
+        if config.get(key) is not None:
+            raise ConfigError(
+                f"model.path: {file}: {key}: the weights are quantised, expected F32, F16 or BF16: "
+                "quantised weights cannot be trained; use the unquantised model, or dequantise it "
+                "with transformers and save it again"
+            )
+    for key in _OTHER_PARTS:
+        if config.get(key) is not None:
+            raise ConfigError(
+                f"model.path: {file}: {key}: not a plain language model "
+                f"(model_type {config.get('model_type')!r}), expected a text-only causal decoder; "
+                "save its language part alone, with that part's configuration"
+            )
+    if config.get("is_encoder_decoder"):
+        raise ConfigError(
+            f"model.path: {file}: is_encoder_decoder: True, expected a causal decoder"
+        )

@@ -15,6 +15,7 @@ from nmar_ds.config import ModelSection
 from nmar_ds.errors import ConfigError
 from nmar_ds.model.attention import ATTENTION_NAME, check_supported
 from nmar_ds.model.folder import check_model_folder
+from nmar_ds.model.streaming import Alone, Peers, load_streaming, plan_filling
 from nmar_ds.model.undo_init import MEAN, UndoInit
 from nmar_ds.model.vocabulary import add_undo_rows
 from nmar_ds.yaml_input import nearest
@@ -63,9 +64,13 @@ def _config_from_keys(section: ModelSection, *, vocab_size: int, ids: dict[str, 
 
 
 def _config_from_folder(folder: Path) -> Any:
-    config = transformers.AutoConfig.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False
-    )
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model.path: {folder / 'config.json'}: {reason}") from None
     config.use_cache = False
     return config
 
@@ -81,6 +86,7 @@ def load_model(
     seed: int,
     undo_init: UndoInit = MEAN,
     partition: bool = True,
+    peers: Peers | None = None,
 ) -> LoadedModel:
     """Build the model of a run. Collective under ZeRO-3.
 
@@ -94,10 +100,12 @@ def load_model(
         seed: of the random initialisation; the weights do not depend on the number of ranks.
         undo_init: how `<UNDO>` starts in a model that does not know it.
         partition: False builds a plain model, for tests on one process.
+        peers: the other ranks, who must learn of a fault in the folder; None where there are none.
 
     Raises:
         ConfigError, VocabularyError: the folder or configuration does not fit.
     """
+    peers = peers or Alone()
     if partition:
         _KEPT_ALIVE[:] = [HfDeepSpeedConfig(deepspeed_settings)]
     torch.manual_seed(seed)
@@ -109,22 +117,21 @@ def load_model(
         )
         undo_row = f"row {undo_id} of {config.vocab_size}, initialised with all the others"
     else:
-        trained_before = check_model_folder(
-            Path(section.path),
-            tokenizer_size=tokenizer_size,
-            undo_id=undo_id,
-            tokenizer_fingerprint=tokenizer_fingerprint,
-        )
-        config = _config_from_folder(Path(section.path))
-        check_supported(config)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            section.path,
-            config=config,
+        folder = Path(section.path)
+        with peers.share_errors():
+            trained_before = check_model_folder(
+                folder, tokenizer_size=tokenizer_size, tokenizer_fingerprint=tokenizer_fingerprint
+            )
+            config = _config_from_folder(folder)
+            check_supported(config)
+            plan = plan_filling(config, folder, dtype=_dtype(section), peers=peers)
+        model = load_streaming(
+            config,
+            plan,
             dtype=_dtype(section),
-            attn_implementation=ATTENTION_NAME,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
+            attention=ATTENTION_NAME,
+            deepspeed_settings=deepspeed_settings if partition else None,
+            peers=peers,
         )
         undo_row = f"row {undo_id}, as trained before"
         if not trained_before:

@@ -16,6 +16,7 @@ from nmar_ds.data.packing import Plan, best_fit_decreasing
 from nmar_ds.data.store import Store, boundary_ids_of
 from nmar_ds.errors import ConfigError, StoreError
 from nmar_ds.model.folder import check_model_folder
+from nmar_ds.model.own_tokenizer import check_own_tokenizer
 from nmar_ds.model.undo_init import MEAN, UndoInit, resolve_undo_init
 from nmar_ds.model.weighting import role_weights, trained_roles
 from nmar_ds.traces.schema import Role
@@ -168,13 +169,7 @@ def plan_run(config: RunConfig) -> RunPlan:
             raise StoreError(f"{store_folder(config, part)}: holds no traces")
     undo_init = MEAN
     if config.model.path is not None:
-        trained_before = check_model_folder(
-            Path(config.model.path),
-            tokenizer_size=store.manifest["tokenizer"]["size"],
-            undo_id=store.manifest["tokenizer"]["undo_id"],
-            tokenizer_fingerprint=fingerprint,
-        )
-        if trained_before and config.model.undo_init is not None:
+        if _check_model(Path(config.model.path), store) and config.model.undo_init is not None:
             raise ConfigError(
                 f"model.undo_init: {config.model.path}: {config.undo.token} is trained already and "
                 "keeps its row, expected no model.undo_init"
@@ -210,6 +205,23 @@ def plan_run(config: RunConfig) -> RunPlan:
         untrained=np.flatnonzero(num_trained == 0).tolist(),
         facts=_facts(config, plan, store.manifest, total_steps),
     )
+
+
+def _check_model(folder: Path, store: Store) -> bool:
+    """Check a model folder and that its ids mean what the store's do.
+
+    Returns:
+        Whether its `<UNDO>` row is trained already.
+    """
+    described = store.manifest["tokenizer"]
+    trained_before = check_model_folder(
+        folder,
+        tokenizer_size=described["size"],
+        tokenizer_fingerprint=described["fingerprint"],
+    )
+    if not trained_before:  # an export of ours has proved it by the fingerprint
+        check_own_tokenizer(folder, store.tokenizer_folder(), undo_id=described["undo_id"])
+    return trained_before
 
 
 def _content(manifest: dict[str, Any]) -> str:

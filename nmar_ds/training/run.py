@@ -78,7 +78,7 @@ def _run(config: RunConfig, plan: RunPlan, ranks: Ranks, stop: StopSignal, lock:
         return False
     settings = deepspeed_config(config, world_size=ranks.world_size)
     with peers.share_errors():
-        engine, undo_row = _build_engine(config, plan, settings)
+        engine, undo_row = _build_engine(config, plan, settings, peers)
     # Every rank draws the same numbers before this line; dropout and the like must differ after.
     torch.manual_seed(config.seed + 1 + ranks.rank)
     if found:
@@ -262,7 +262,9 @@ def _undo_row_norms(engine: Engine, plan: RunPlan) -> dict[str, float]:
     return row_norms.as_scalars(norms)
 
 
-def _build_engine(config: RunConfig, plan: RunPlan, settings: dict[str, Any]) -> tuple[Engine, str]:
+def _build_engine(
+    config: RunConfig, plan: RunPlan, settings: dict[str, Any], peers: ProcessPeers
+) -> tuple[Engine, str]:
     facts = plan.store.manifest["tokenizer"]
     loaded = load_model(
         config.model,
@@ -277,6 +279,7 @@ def _build_engine(config: RunConfig, plan: RunPlan, settings: dict[str, Any]) ->
         },
         seed=config.seed,
         undo_init=plan.undo_init,
+        peers=peers,
     )
     longest = max(int(store.lengths.max()) for store in (plan.store, plan.heldout))
     check_supported(loaded.model.config, longest=longest)

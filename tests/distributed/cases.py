@@ -103,8 +103,11 @@ def train_step(
     whole_layers: bool = True,
     break_it: str | None = None,
     options: dict[str, float] | None = None,
+    folder: str | None = None,
 ) -> dict[str, Any]:
     """One optimizer step of the real loop over a global batch of 4 rows.
+
+    With `folder` the model is loaded from there, else it is random.
 
     Returns:
         Unclipped full gradients, weights before and after, and the loss over all ranks.
@@ -117,7 +120,7 @@ def train_step(
     from nmar_ds.model.loading import load_model
     from nmar_ds.model.training_model import UndoTrainingModel
     from nmar_ds.model.weighting import LossOptions
-    from nmar_ds.training.engine import Engine, make_optimizer
+    from nmar_ds.training.engine import Engine, ProcessPeers, make_optimizer
     from nmar_ds.training.loop import TrainingLoop
 
     loss_options = LossOptions(**(options or {}))
@@ -126,7 +129,9 @@ def train_step(
         world_size, global_rows=4, persistence=persistence, learning_rate=learning_rate
     )
     section = ModelSection(
-        config=model_keys(tied), dtype="float32", activation_checkpointing=gradient_checkpointing
+        **({"config": model_keys(tied)} if folder is None else {"path": folder}),
+        dtype="float32",
+        activation_checkpointing=gradient_checkpointing,
     )
     loaded = load_model(
         section,
@@ -135,6 +140,7 @@ def train_step(
         undo_id=UNDO,
         ids={"bos_token_id": None, "eos_token_id": None, "pad_token_id": None},
         seed=3,
+        peers=ProcessPeers(),
     )
     model = UndoTrainingModel(loaded.model, options=loss_options)
     kept: dict[str, torch.Tensor] = {}
@@ -466,7 +472,7 @@ def load_folder(
     from nmar_ds.model.loading import load_model
     from nmar_ds.model.training_model import UndoTrainingModel
     from nmar_ds.model.undo_init import UndoInit
-    from nmar_ds.training.engine import Engine, make_optimizer
+    from nmar_ds.training.engine import Engine, ProcessPeers, make_optimizer
 
     config, _ = settings(2, global_rows=4, persistence=0, learning_rate=0.05)
     undo_init = UndoInit(**(init or {}))
@@ -482,6 +488,7 @@ def load_folder(
         ids=ids,
         seed=100 + dist.get_rank(),  # new rows sampled per rank would differ
         undo_init=undo_init,
+        peers=ProcessPeers(),
     )
     model = UndoTrainingModel(loaded.model)
     engine = Engine(model, ds_settings, make_optimizer(model, config.optimizer))
@@ -490,4 +497,113 @@ def load_folder(
         "vocab_size": engine.module.lm.config.vocab_size,  # type: ignore[union-attr]
         "report": loaded.undo_row,
         "norms": undo_row_norms(engine, undo_id + 1, undo_init.excluded_ids),
+    }
+
+
+def stream_folder(folder: str, *, dtype: str) -> dict[str, Any]:
+    """Parameters, gathered, and buffers of a folder just after loading: (dtype, float32 value)."""
+    import deepspeed
+
+    model = _stream(folder, dtype)
+
+    def kept(named: Any) -> dict[str, tuple[str, np.ndarray]]:
+        return {n: (str(v.dtype), v.detach().float().numpy().copy()) for n, v in named}
+
+    assert all(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        parameters = kept(model.named_parameters())
+    return {"parameters": parameters, "buffers": kept(model.named_buffers())}
+
+
+def _ds_settings(dtype: str) -> dict[str, Any]:
+    """DeepSpeed's settings for two ranks, also made known to transformers."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    from nmar_ds.config import ModelSection, deepspeed_config
+    from nmar_ds.model import loading
+
+    config, _ = settings(2, global_rows=4, persistence=0, learning_rate=0.05)
+    section = ModelSection(path="unused", dtype=dtype)  # type: ignore[arg-type]
+    found = deepspeed_config(config.model_copy(update={"model": section}), world_size=2)
+    loading._KEPT_ALIVE[:] = [HfDeepSpeedConfig(found)]
+    return found
+
+
+def _stream(folder: str, dtype: str) -> Any:
+    from pathlib import Path
+
+    import transformers
+
+    from nmar_ds.model.attention import ATTENTION_NAME
+    from nmar_ds.model.streaming import load_streaming, plan_filling
+    from nmar_ds.training.engine import ProcessPeers
+
+    peers = ProcessPeers()
+    kind = getattr(torch, dtype)
+    with peers.share_errors():
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        plan = plan_filling(config, Path(folder), dtype=kind, peers=peers)
+    return load_streaming(
+        config,
+        plan,
+        dtype=kind,
+        attention=ATTENTION_NAME,
+        deepspeed_settings=_ds_settings(dtype),
+        peers=peers,
+    )
+
+
+def refused_folder(folders: list[str], *, cut: bool) -> str:
+    """Load a folder of this rank's own and return the error; `cut` truncates rank 0's at work."""
+    import torch.distributed as dist
+
+    from nmar_ds.errors import NmarError
+    from nmar_ds.model import streaming
+
+    plain = streaming._check_same
+
+    def then_cut(plan: Any, peers: Any) -> None:
+        plain(plan, peers)
+        if cut and peers.rank == 0:
+            file = plan.parameters[len(plan.parameters) // 2][1].file
+            file.write_bytes(file.read_bytes()[:-4])
+
+    streaming._check_same = then_cut
+    try:
+        _stream(folders[dist.get_rank()], "float32")
+    except NmarError as error:
+        return str(error)
+    finally:
+        streaming._check_same = plain
+    return "loaded"
+
+
+def _status(name: str) -> int:
+    """Bytes of one line of /proc/self/status."""
+    with open("/proc/self/status", encoding="ascii") as lines:
+        found = next(line for line in lines if line.startswith(f"{name}:"))
+    return int(found.split()[1]) * 1024
+
+
+def loading_memory(folder: str, tiny: str, *, loader: str) -> dict[str, int]:
+    """Growth of this rank's peak resident memory while a folder is loaded, in bytes."""
+    import gc
+
+    import transformers
+
+    def load(path: str) -> Any:
+        if loader == "streaming":
+            return _stream(path, "float32")
+        _ds_settings("float32")
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, local_files_only=True
+        )
+
+    load(tiny)
+    gc.collect()
+    before = _status("VmRSS")
+    model = load(folder)
+    return {
+        "growth": _status("VmHWM") - before,
+        "partitions": sum(4 * -(-p.ds_numel // 2) for p in model.parameters()),
     }

@@ -15,7 +15,7 @@ from tiny_models import build
 from nmar_ds.config import RunConfig
 from nmar_ds.data.prepare import prepare_run
 from nmar_ds.data.store import manifest_checksum, write_store
-from nmar_ds.errors import CheckpointError, ConfigError, StoreError
+from nmar_ds.errors import CheckpointError, ConfigError, StoreError, VocabularyError
 from nmar_ds.model.undo_init import MEAN
 from nmar_ds.traces.boundaries import machine_of
 from nmar_ds.traces.encoding import Tokenizer
@@ -467,3 +467,33 @@ def test_a_trained_undo_row_is_not_started_again(
     assert plan_run(config(stores, model={"path": str(folder)})).total_steps == 6
     with pytest.raises(ConfigError, match=r"^model.undo_init: .*exported: <UNDO> is trained alre"):
         plan_run(config(stores, model={"path": str(folder), "undo_init": {}}))
+
+
+def test_a_model_with_another_tokenizer_of_the_same_size_is_refused(
+    stores: Path, small_tokenizer: Tokenizer
+) -> None:
+    """Before torch: a run on ids that mean other pieces to the model would only seem to learn."""
+    from safetensors.numpy import save_file
+
+    from nmar_ds.traces.sentencepiece_vocabulary import read_model
+
+    folder = stores / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    save_file(
+        {"model.embed_tokens.weight": np.ones((small_tokenizer.size, 2), np.float32)},
+        folder / "model.safetensors",
+    )
+    small_tokenizer.save(folder)
+    run = config(stores, model={"path": str(folder)})
+    plan_run(run)
+    model = read_model(folder / "tokenizer.model")
+    model.pieces[20].piece, model.pieces[21].piece = model.pieces[21].piece, model.pieces[20].piece
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    with pytest.raises(
+        VocabularyError, match=r"model/tokenizer\.model: id 20 is .*data's tokenizer"
+    ):
+        plan_run(run)
+    facts = {"tokenizer_fingerprint": small_tokenizer.fingerprint}
+    (folder / "nmar.json").write_text(json.dumps(facts))  # an export proves it by fingerprint
+    plan_run(run)
