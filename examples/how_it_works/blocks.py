@@ -19,7 +19,7 @@ from nmar_ds.inference.rendering import as_plain, response_text, runs
 from nmar_ds.model.weighting import DENOMINATORS, denominator, role_weights
 from nmar_ds.traces.assembly import check, said_by
 from nmar_ds.traces.records import read_records
-from nmar_ds.traces.reduction import bases_of, reduce
+from nmar_ds.traces.reduction import Machine, bases_of, reduce
 from nmar_ds.traces.schema import NO_ROLE, Role, Trace
 from nmar_ds.traces.turns import encode_record
 
@@ -108,8 +108,9 @@ def _checks(example: Example) -> list[str]:
     trace, tokenizer = example.trace(0), example.tokenizer
     record = next(read_records(FOLDER / "train.jsonl"))
     said = said_by(encode_record(record, tokenizer).turns)
-    reduced = reduce(trace.ids, undo_id=tokenizer.undo_id, bases=bases_of(trace.roles))
-    check(trace, tokenizer=tokenizer, path="train.jsonl", said=said)
+    machine = Machine(tokenizer.undo_id)
+    reduced = reduce(trace.ids, machine, bases_of(trace.roles))
+    check(trace, tokenizer=tokenizer, machine=machine, path="train.jsonl", said=said)
     lines = [
         f"reduce(trace)       {' '.join(_pieces(example, reduced))}",
         f"prompt + reference  {' '.join(_pieces(example, said))}",
@@ -123,7 +124,7 @@ def _checks(example: Example) -> list[str]:
         line=trace.line,
     )  # fmt: skip
     try:
-        check(fewer, tokenizer=tokenizer, path="train.jsonl", said=said)
+        check(fewer, tokenizer=tokenizer, machine=machine, path="train.jsonl", said=said)
     except TraceError as error:
         return [*lines, str(error)]
     return [*lines, "accepted"]
@@ -270,7 +271,7 @@ def _decoding(example: Example) -> list[str]:
     lines = []
     for prompt_ids, decoded in example.decoded:
         parts = runs(
-            tokenizer, prompt_ids, decoded.raw_ids, undo_id=tokenizer.undo_id,
+            tokenizer, prompt_ids, decoded.raw_ids, Machine(tokenizer.undo_id),
             num_forced=decoded.num_forced,
         )  # fmt: skip
         reduced = response_text(tokenizer, prompt_ids, decoded.reduced_ids)

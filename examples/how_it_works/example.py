@@ -161,7 +161,7 @@ def float64_model(config: RunConfig, plan: RunPlan) -> tuple[Any, str]:
         config.model, deepspeed_config(config, world_size=1), tokenizer_size=facts["size"],
         undo_id=facts["undo_id"], tokenizer_fingerprint=facts["fingerprint"],
         ids={f"{name}_token_id": facts[f"{name}_id"] for name in ("bos", "eos", "pad")},
-        seed=config.seed, partition=False,
+        seed=config.seed, undo_init=plan.undo_init, partition=False,
     )  # fmt: skip
     return loaded.model.double(), loaded.undo_row
 
@@ -297,9 +297,8 @@ def train_and_decode(config: RunConfig, plan: RunPlan, folder: Path) -> dict[str
     ]
     decoded = decode(
         load_model(folder / "export"), [prompt_ids for prompt_ids, _ in asked],
-        undo_id=settings.undo_id, eos_id=settings.eos_id, pad_id=settings.pad_id,
+        machine=settings.machine, eos_id=settings.eos_id, pad_id=settings.pad_id,
         max_new_tokens=24, forced=[forced_ids for _, forced_ids in asked],
-        semantics=settings.semantics,
     )  # fmt: skip
     assert tokenizer.size == plan.store.manifest["tokenizer"]["size"]
     return {

@@ -15,14 +15,16 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from nmar_ds.errors import ConfigError, VocabularyError
 from nmar_ds.traces.encoding import Tokenizer
-from nmar_ds.traces.json_vocabulary import JsonVocabulary
 from nmar_ds.traces.schema import IdArray
+
+if TYPE_CHECKING:
+    from nmar_ds.traces.json_vocabulary import JsonVocabulary
 
 # Private-use characters around a number: no template writes them.
 _MARK = "\ue0f0{}\ue0f1"
@@ -51,16 +53,15 @@ class ChatTemplate:
     def __init__(self, tokenizer: Tokenizer, *, system: str | None = None) -> None:
         self.system = system
         self._tokenizer = tokenizer
-        source = _source_of(tokenizer)
+        vocabulary, source = _source_of(tokenizer)
         self.fingerprint = hashlib.sha256(source.encode()).hexdigest()
-        assert isinstance(tokenizer, JsonVocabulary)
-        self._template = _compile(source, tokenizer.path)
-        self._variables = tokenizer.named_specials()
-        specials = tokenizer.special_texts()
+        self._template = _compile(source, vocabulary.path)
+        self._variables = vocabulary.named_specials()
+        specials = vocabulary.special_texts()
         longest_first = sorted(specials, key=len, reverse=True)
         self._id_of = specials
         self._specials = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
-        self._continues = tokenizer.continues_after_special()
+        self._continues = vocabulary.continues_after_special()
         self._stop = tokenizer.piece(tokenizer.eos_id)
 
     @property
@@ -153,7 +154,9 @@ class ChatTemplate:
         return np.concatenate(ids) if ids else np.empty(0, dtype=np.int32)
 
 
-def _source_of(tokenizer: Tokenizer) -> str:
+def _source_of(tokenizer: Tokenizer) -> tuple[JsonVocabulary, str]:
+    from nmar_ds.traces.json_vocabulary import JsonVocabulary  # slow: a library of its own
+
     if not isinstance(tokenizer, JsonVocabulary):
         raise ConfigError(
             f"data.chat: {tokenizer.path}: a SentencePiece model has no chat template, expected a "
@@ -165,7 +168,7 @@ def _source_of(tokenizer: Tokenizer) -> str:
             f"data.chat: {tokenizer.path.parent}: has no chat template, expected "
             "chat_template.jinja or chat_template in tokenizer_config.json; or leave data.chat out"
         )
-    return source
+    return tokenizer, source
 
 
 def _compile(source: str, path: Path) -> Any:

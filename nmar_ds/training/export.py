@@ -19,7 +19,6 @@ from nmar_ds.errors import CheckpointError, ConfigError, FolderError, Vocabulary
 from nmar_ds.files import EXPORT_SETTINGS, no_room
 from nmar_ds.inference.exported import FORMAT_VERSION, TOKENIZER_FOLDER
 from nmar_ds.traces.encoding import Tokenizer, assert_parity, load_tokenizer
-from nmar_ds.traces.parity import CheckedTokenizer, check_records
 from nmar_ds.traces.records import Record, read_records
 from nmar_ds.training.checkpoints import Found, find_newest, folder_name, verify
 
@@ -49,6 +48,8 @@ def export_checkpoint(
         FolderError: `output` cannot be written; an earlier export there is untouched.
     """
     found = _choose(run / "checkpoints", step)
+    from nmar_ds.traces.parity import CheckedTokenizer, check_records
+
     if output.is_file():
         raise ConfigError(f"{output}: is a file, expected a folder to write")
     if output.exists():
