@@ -42,11 +42,14 @@ def test_a_signal_under_deepspeed(
     assert signal_and_save(prepared, tmp_path / "run", target, number) == code
 
 
-@pytest.mark.parametrize(("target", "number"), [("rank 1", TERM), ("cli", TERM), ("cli", KILL)])
+@pytest.mark.parametrize(
+    ("target", "number", "code"), [("rank 1", TERM, 0), ("cli", TERM, 1), ("cli", KILL, -9)]
+)
 def test_a_signal_under_torchrun(
-    target: str, number: signal.Signals, prepared: Prepared, tmp_path: Path
+    target: str, number: signal.Signals, code: int, prepared: Prepared, tmp_path: Path
 ) -> None:
-    signal_and_save(prepared, tmp_path / "run", target, number, command="torchrun")
+    done = signal_and_save(prepared, tmp_path / "run", target, number, command="torchrun")
+    assert done == code
 
 
 # -- at awkward moments ----------------------------------------------------------------------
