@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import sums
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_tokenizers import sums
 
 from nmar_ds.errors import TraceError
 from nmar_ds.traces.assembly import Deviation, Turn, assemble, check, said_by

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import tokenizers
 import transformers
-from conftest import corpus, write_bpe
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_tokenizers import corpus, write_bpe
 from tokenizers import decoders, models, normalizers, trainers
 
 from nmar_ds.data.store import Store

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from conftest import corpus, write_bpe
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
+from tiny_tokenizers import corpus, write_bpe
 
 from nmar_ds.errors import VocabularyError
 from nmar_ds.traces.encoding import (

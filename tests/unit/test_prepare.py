@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import sums
+from tiny_tokenizers import sums
 
 from nmar_ds.data.store import Store
 from nmar_ds.errors import ConfigError, TraceError

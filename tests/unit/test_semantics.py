@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import sums
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_builders import deviating, ids_record, record_of, records_and_pool, text_turns
+from tiny_tokenizers import sums
 
 from nmar_ds.data.store import Store
 from nmar_ds.errors import ConfigError, TraceError

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import sentencepiece
-from conftest import corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 from test_planning import config
+from tiny_tokenizers import corpus
 
 from nmar_ds.data.prepare import prepare_run
 from nmar_ds.data.store import Store
