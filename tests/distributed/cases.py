@@ -339,7 +339,10 @@ class Quiet:
     def say(self, text: str) -> None:
         self.lines.append(text)
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
+    def measured(self, step: int, values: dict[str, float]) -> None:
+            pass
+
+        def scalars(self, step: int, values: dict[str, float]) -> None:
         self.values |= values
 
     def progress(self, step: int, values: dict[str, float]) -> None:

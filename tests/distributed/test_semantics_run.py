@@ -77,6 +77,7 @@ def train(folder: Path, semantics: str) -> None:
     from nmar_ds.training.planning import plan_run
     from nmar_ds.training.ranks import discover_ranks
     from nmar_ds.training.run import run_training
+    from nmar_ds.training.stopping import Launcher
 
     os.environ.update(
         RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1",
@@ -84,7 +85,7 @@ def train(folder: Path, semantics: str) -> None:
     )  # fmt: skip
     config = RunConfig.model_validate(configuration(folder, semantics))
     print(*prepare_run(config), sep="\n")
-    assert run_training(config, plan_run(config), discover_ranks(os.environ))
+    assert run_training(config, plan_run(config), discover_ranks(os.environ), Launcher())
 
 
 def train_all(folder: Path) -> int:
