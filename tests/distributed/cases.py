@@ -340,9 +340,9 @@ class Quiet:
         self.lines.append(text)
 
     def measured(self, step: int, values: dict[str, float]) -> None:
-            pass
+        pass
 
-        def scalars(self, step: int, values: dict[str, float]) -> None:
+    def scalars(self, step: int, values: dict[str, float]) -> None:
         self.values |= values
 
     def progress(self, step: int, values: dict[str, float]) -> None:
