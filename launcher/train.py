@@ -14,19 +14,9 @@ import faulthandler
 import os
 import sys
 
-from nmar_ds.errors import (
-    DivergenceError,
-    IsolationError,
-    LaunchError,
-    LockedError,
-    NmarError,
-    PeerLostError,
-    SaveError,
-)
+from nmar_ds.errors import LaunchError, NmarError
 from nmar_ds.training.ranks import complete_environment, discover_ranks
 from nmar_ds.training.stopping import Launcher, end_at_once_on_interrupt
-
-RUN_FAULTS = (DivergenceError, IsolationError, PeerLostError, SaveError)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -83,9 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         if ranks is None or alone or (ranks.rank if met else ranks.local_rank) == 0:
             who = f"rank {ranks.rank}: " if ranks is not None and alone and ranks.rank else ""
             print(f"error: {who}{error}", file=sys.stderr, flush=True)
-        if isinstance(error, LockedError):
-            return 4
-        return 1 if isinstance(error, RUN_FAULTS) else 2
+        return error.exit_code if isinstance(error, NmarError) else 2
 
 
 if __name__ == "__main__":

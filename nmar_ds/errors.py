@@ -14,9 +14,11 @@ class NmarError(Exception):
 
     Attributes:
         shared: all ranks know of it, so one of them reports it.
+        exit_code: of a launcher that it ends (docs/operations.md lists them).
     """
 
     shared = False
+    exit_code = 2
 
 
 class ConfigError(NmarError):
@@ -74,6 +76,8 @@ class CheckpointError(NmarError):
 class SaveError(CheckpointError):
     """A checkpoint that could not be written; the one before is untouched."""
 
+    exit_code = 1
+
 
 class FolderError(NmarError):
     """A folder or file that cannot be made, read or written, or has no room."""
@@ -81,6 +85,8 @@ class FolderError(NmarError):
 
 class LockedError(NmarError):
     """A run folder that another job is using."""
+
+    exit_code = 4
 
 
 class LaunchError(NmarError):
@@ -90,10 +96,28 @@ class LaunchError(NmarError):
 class PeerLostError(NmarError):
     """Another rank ended in the middle of a collective."""
 
+    exit_code = 1
+
 
 class IsolationError(NmarError):
     """The start-up canary saw packed traces influence each other, or a wrong loss."""
 
+    exit_code = 1
+
 
 class DivergenceError(NmarError):
     """Training stopped because losses or gradients stayed non-finite."""
+
+    exit_code = 1
+
+
+class NoProgressError(NmarError):
+    """The latest attempts of a job all ended without a new checkpoint."""
+
+    exit_code = 3
+
+
+class HangError(NmarError):
+    """A rank waited too long for the others, or for itself."""
+
+    exit_code = 5
