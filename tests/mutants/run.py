@@ -76,13 +76,16 @@ def verdict(mutant: dict[str, object], tree: Path) -> str:
 def main() -> int:
     """Returns 0 when every mutant is caught."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="run mutants whose name contains this")
+    parser.add_argument(
+        "--only", nargs="*", default=[""], help="run mutants whose name contains one of these"
+    )
     parser.add_argument("--list", action="store_true", help="list the mutants and stop")
     arguments = parser.parse_args()
-    mutants = [m for m in load_mutants() if arguments.only in m["name"]]
+    mutants = [m for m in load_mutants() if any(o in m["name"] for o in arguments.only)]
     if not mutants:
         parser.error(
-            f"--only {arguments.only}: no such mutant, expected a part of a name; see --list"
+            f"--only {' '.join(arguments.only)}: no such mutant, expected a part of a name; "
+            "see --list"
         )
     if arguments.list:
         for mutant in mutants:
