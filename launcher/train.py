@@ -2,9 +2,10 @@
 
     deepspeed --num_gpus 2 launcher/train.py --config configs/quickstart.yaml [a.b=c ...]
 
-Also started by torchrun, srun and mpirun, or by plain python as one rank. Continues from the newest valid
-checkpoint of the run folder. Exit codes: 0 done, or stopped by a signal and saved; 1 a fault of
-the run; 2 bad input or configuration; 3 the job's attempts make no progress; 4 the run folder is in use.
+Also started by torchrun, srun, mpirun, or by plain python as one rank. Continues from the newest
+valid checkpoint of the run folder. Exit codes: 0 done, or stopped by a signal and saved; 1 a fault
+of the run; 2 bad input or configuration; 3 the job's attempts make no progress; 4 the run folder is
+in use.
 """
 
 from __future__ import annotations

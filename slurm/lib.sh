@@ -105,7 +105,8 @@ run_step() { # COMMAND: under srun, signals passed on; sets nmar_code
 }
 
 decide() { # what the end of the training step means; ends the script
-    local line='' codes="$NMAR_EXIT_CODES" alike
+    local line='' codes="$NMAR_EXIT_CODES" notes alike
+    notes=$(dirname -- "$codes")
     [ ! -e "$codes/2" ] || die 2 "bad input (exit 2, see above): not requeued"
     [ ! -e "$codes/3" ] || die 3 "no progress (exit 3, see above): not requeued"
     if [ -e "$codes/4" ] && [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then
@@ -124,12 +125,12 @@ decide() { # what the end of the training step means; ends the script
         say "the ranks ended with $nmar_code; newest checkpoint: $(newest)"
     fi
     if [ "$nmar_code" -eq 0 ] || [ -n "$nmar_signalled" ]; then
-        alike=$(num_alike "$nmar_notes/interrupted" "$(newest)")
+        alike=$(num_alike "$notes/interrupted" "$(newest)")
         [ "$alike" -lt "${NMAR_MAX_INTERRUPTIONS:-10}" ] ||
             die 3 "$alike interruptions in a row without a new checkpoint: not requeued; is the time limit too short?"
         requeue "interrupted, newest checkpoint $(newest)"
     fi
-    alike=$(num_alike "$nmar_notes/failed" "$(newest)")
+    alike=$(num_alike "$notes/failed" "$(newest)")
     [ "$alike" -lt "${NMAR_MAX_FAILURES:-3}" ] ||
         die 3 "$alike failed attempts in a row without a new checkpoint: not requeued; their messages are above"
     requeue "failed attempt $alike at checkpoint $(newest)"

@@ -42,8 +42,7 @@ learn_output "$@"
 meeting_place
 say "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}: ${SLURM_NTASKS:-1} tasks on $SLURM_JOB_NODELIST, meeting at $MASTER_ADDR:$MASTER_PORT, newest checkpoint $(newest)"
 
-nmar_notes="$nmar_output/slurm/job-$SLURM_JOB_ID"
-export NMAR_EXIT_CODES="$nmar_notes/codes-${SLURM_RESTART_COUNT:-0}"
+export NMAR_EXIT_CODES="$nmar_output/slurm/job-$SLURM_JOB_ID/codes-${SLURM_RESTART_COUNT:-0}"
 mkdir -p -- "$NMAR_EXIT_CODES" || die 2 "cannot write $nmar_output: not requeued"
 
 # Preflight: a bad node is named before hours are spent on it.

@@ -75,7 +75,7 @@ def _run(config: RunConfig, plan: RunPlan, ranks: Ranks, stop: StopSignal, lock:
         if peers.rank == 0:
             attempts.begin(output, first_step, os.environ)
             outcome.clear(output)
-    complete = _attempt(config, plan, ranks, stop, peers, found)
+    complete = _attempt(config, plan, ranks, stop=stop, peers=peers, found=found)
     with peers.share_errors():
         if peers.rank == 0:
             attempts.end(output, first_step, os.environ)
@@ -95,6 +95,7 @@ def _attempt(
     config: RunConfig,
     plan: RunPlan,
     ranks: Ranks,
+    *,
     stop: StopSignal,
     peers: ProcessPeers,
     found: checkpoints.Found | None,
