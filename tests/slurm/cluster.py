@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -62,7 +63,7 @@ class Cluster:
         } | {
             "SLURM_CONF": str(self.folder / "slurm.conf"), "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "NMAR_PREFLIGHT": "0",
-            "NMAR_VENV": str(ROOT / ".venv"),
+            "NMAR_VENV": sys.prefix,
         }  # fmt: skip
 
     def start(self) -> None:

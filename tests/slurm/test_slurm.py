@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,7 @@ def test_an_interpreter_that_cannot_start_ranks_stops_after_three_attempts(
     (tmp_path / "bin").mkdir()
     python = tmp_path / "bin/python"
     python.write_text(
-        f'#!/bin/sh\n[ -z "$SLURM_STEP_NUM_TASKS" ] || exit 127\nexec {ROOT}/.venv/bin/python "$@"\n'
+        f'#!/bin/sh\n[ -z "$SLURM_STEP_NUM_TASKS" ] || exit 127\nexec {sys.executable} "$@"\n'
     )
     python.chmod(0o755)
     run = config_file.parent / "no-python"
