@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -133,6 +134,33 @@ def test_bad_input_found_by_the_ranks_is_never_requeued(
     assert "5 ranks are asked for, 2 started" in job.said()
 
 
+def test_ranks_of_three_nodes_with_uneven_tasks(cluster: Cluster) -> None:
+    code = (
+        "import os; from nmar_ds.training.ranks import discover_ranks as d; r = d(os.environ); "
+        "print(r.rank, r.local_rank, r.world_size, r.local_world_size, *r.meeting_place)"
+    )
+    said = cluster.command(
+        "srun", "--nodes=3", "--ntasks=4", "--distribution=block", sys.executable, "-c", code,
+        MASTER_ADDR="", PYTHONPATH=str(ROOT),
+    )  # fmt: skip
+    lines = [line.split() for line in sorted(said.splitlines())]
+    assert [line[:4] for line in lines] == [
+        ["0", "0", "4", "2"], ["1", "1", "4", "2"], ["2", "0", "4", "1"], ["3", "0", "4", "1"],
+    ]  # fmt: skip
+    assert {line[4] for line in lines} == {"n1"} and len({line[5] for line in lines}) == 1
+    assert 20000 <= int(lines[0][5]) < 30000
+
+
+def test_plain_python_in_a_batch_script_is_refused(cluster: Cluster, config_file: Path) -> None:
+    log = config_file.parent / "plain.log"
+    job = cluster.sbatch(
+        *TWO_TASKS, f"--output={log}", "--wrap",
+        f"{sys.executable} launcher/train.py --config {config_file}", PYTHONPATH=str(ROOT),
+    )  # fmt: skip
+    assert cluster.wait(job, log)["ExitCode"] == "2:0", log.read_text()
+    assert log.read_text().startswith("error: environment: SLURM_NTASKS: is 2")
+
+
 def test_two_jobs_on_one_folder(cluster: Cluster, config_file: Path) -> None:
     run = config_file.parent / "shared"
     first = submit(cluster, config_file, run, "training.steps=4000", flags=("--nodes=1-1",))
@@ -156,7 +184,7 @@ def test_the_chain_and_hostile_names(cluster: Cluster, config_file: Path, tmp_pa
     hostile = config_file.parent / f"a b;touch {canary.name}$(touch {canary.name})`id`'\"\n*"
     ids = cluster.command(
         str(ROOT / "slurm/submit_all.sh"), *TWO_TASKS, "--", "--config", str(config_file),
-        f"output={_yaml(str(hostile))}", "--",
+        f"output={json.dumps(str(hostile))}", "--",
         "--allow-fewer", "--num-problems", "5", cwd=tmp_path,
     ).split()  # fmt: skip
     states = [cluster.wait(int(job))["JobState"] for job in ids]
@@ -164,12 +192,6 @@ def test_the_chain_and_hostile_names(cluster: Cluster, config_file: Path, tmp_pa
     assert states == ["COMPLETED"] * 4, logs
     assert (hostile / "export/nmar.json").exists() and (hostile / "report.json").exists()
     assert not list(tmp_path.rglob("canary")) and not (ROOT / "canary").exists()
-
-
-def _yaml(text: str) -> str:
-    import json
-
-    return json.dumps(text)
 
 
 def test_a_chain_whose_training_fails_starts_nothing_after_it(
