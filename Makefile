@@ -13,7 +13,7 @@ OVERRIDES ?=
 SMOLLM2_RUN ?= runs/smollm2
 SMOLLM2_MODEL ?= runs/smollm2_135m_instruct
 
-.PHONY: help install quickstart smollm2 test test-nodes test-faults test-pretrained check mutants tensorboard clean
+.PHONY: help install quickstart smollm2 test test-nodes test-slurm test-faults test-pretrained check mutants tensorboard clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -45,6 +45,10 @@ test: $(VENV)/installed  ## the tests (under 15 minutes on two cores)
 
 test-nodes: $(VENV)/installed  ## one run on two nodes (network namespaces of this machine; 2 minutes)
 	$(BIN)/python -m pytest tests/nodes
+
+test-slurm: $(VENV)/installed  ## the job scripts under a Slurm of their own (4 minutes; ALL=1: all counts)
+	$(BIN)/python -m pytest tests/slurm
+	$(if $(ALL),PYTHONPATH=. $(BIN)/python tests/slurm/goals.py)
 
 test-faults: $(VENV)/installed  ## kills, signals, full disks and second jobs (under 20 minutes)
 	$(BIN)/python -m pytest tests/faults

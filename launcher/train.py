@@ -2,9 +2,10 @@
 
     deepspeed --num_gpus 2 launcher/train.py --config configs/quickstart.yaml [a.b=c ...]
 
-Also started by torchrun, or by plain python as one rank. Continues from the newest valid
-checkpoint of the run folder. Exit codes: 0 done, or stopped by a signal and saved; 1 a fault of
-the run; 2 bad input or configuration; 4 the run folder is in use.
+Also started by torchrun, srun, mpirun, or by plain python as one rank. Continues from the newest
+valid checkpoint of the run folder. Exit codes: 0 done, or stopped by a signal and saved; 1 a fault
+of the run; 2 bad input or configuration; 3 the job's attempts make no progress; 4 the run folder is
+in use.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import faulthandler
 import os
 import sys
+from pathlib import Path
 
 from nmar_ds.errors import LaunchError, NmarError
 from nmar_ds.training.ranks import complete_environment, discover_ranks
@@ -83,4 +85,8 @@ if __name__ == "__main__":
     # job; so it is not shut down.
     sys.stdout.flush()
     sys.stderr.flush()
+    # srun reports the highest code of all ranks, and ranks it kills after the first failure have
+    # higher ones; so each leaves its own where slurm/lib.sh looks.
+    if exit_code and os.environ.get("NMAR_EXIT_CODES"):
+        Path(os.environ["NMAR_EXIT_CODES"], str(exit_code)).touch()
     os._exit(exit_code)

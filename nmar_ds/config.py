@@ -8,17 +8,19 @@ misspelt top-level keys silently, so users never write one.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import inspect
 import itertools
 import re
+import sys
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from nmar_ds.errors import ConfigError
+from nmar_ds.errors import ConfigError, NmarError
 from nmar_ds.yaml_input import apply_override, nearest, read_yaml
 
 if TYPE_CHECKING:
@@ -540,5 +542,32 @@ def _shown(value: Any) -> str:
     )
 
 
+def _main(argv: list[str] | None = None) -> int:
+    """Print the reference page, or values of a configuration for shell scripts."""
+    parser = argparse.ArgumentParser(prog="python -m nmar_ds.config", description=_main.__doc__)
+    parser.add_argument("--get", metavar="KEY", help="print this key's value (of `--config`)")
+    parser.add_argument("--null", action="store_true", help="end each value with a zero byte")
+    parser.add_argument("--config", metavar="FILE", help="run configuration (YAML)")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c")
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.get is None:
+        print(reference_page(), end="")
+        return 0
+    if arguments.config is None:
+        parser.error("--get needs --config")
+    try:
+        value: Any = load_config(arguments.config, arguments.overrides)
+        for part in arguments.get.split("."):
+            if not isinstance(value, BaseModel) or part not in type(value).model_fields:
+                raise ConfigError(f"--get {arguments.get}: no such key")
+            value = getattr(value, part)
+    except (NmarError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for item in value if isinstance(value, list) else [value]:
+        print(item, end="\0" if arguments.null else "\n")
+    return 0
+
+
 if __name__ == "__main__":
-    print(reference_page(), end="")
+    sys.exit(_main())

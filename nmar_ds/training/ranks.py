@@ -10,12 +10,11 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nmar_ds.errors import LaunchError
+from nmar_ds.training.schedulers import as_launched, number
 
-# Sizes that other launchers announce.
-OTHER_LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -28,35 +27,36 @@ class Ranks:
         local_rank: index among the processes of this machine.
         world_size: number of processes, which is the ZeRO group.
         local_world_size: number of processes on this machine.
+        meeting_place: host and port of rank 0, or None for a process alone.
     """
 
     rank: int
     local_rank: int
     world_size: int
     local_world_size: int
-
-
-def _number(environ: Mapping[str, str], name: str) -> int:
-    text = environ[name]
-    if not text.isdecimal():
-        raise LaunchError(f"environment: {name}: is {text!r}, expected a whole number")
-    return int(text)
+    meeting_place: tuple[str, str] | None = field(default=None, compare=False)
 
 
 def discover_ranks(environ: Mapping[str, str]) -> Ranks:
-    """Read the ranks that `deepspeed` or `torchrun` set; none of them set means one process.
+    """Read the ranks that the launcher set; none of them set means one process.
+
+    `deepspeed` and `torchrun` come first: they also run inside jobs of Slurm and of MPI.
 
     Raises:
         LaunchError: some variables are set and others missing, or they contradict each other.
     """
     present = [name for name in VARIABLES if environ.get(name)]
     if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & set(present):
-        for name in OTHER_LAUNCHERS:
-            if environ.get(name, "1") not in ("", "1"):
-                raise LaunchError(
-                    f"environment: {name}: is {environ[name]}, but RANK, LOCAL_RANK and "
-                    "WORLD_SIZE are not set, expected all of them: every process would train alone"
-                )
+        launched = as_launched(environ)
+        if launched is not None:
+            return discover_ranks(launched)
+        # The shell of `sbatch` or `salloc`, where no launcher has been called yet.
+        if environ.get("SLURM_NTASKS", "1") not in ("", "1"):
+            raise LaunchError(
+                f"environment: SLURM_NTASKS: is {environ['SLURM_NTASKS']}, but RANK, LOCAL_RANK "
+                "and WORLD_SIZE are not set and this is no step of the job, expected srun, "
+                "deepspeed or torchrun before the command: one process would train alone"
+            )
         return Ranks(rank=0, local_rank=0, world_size=1, local_world_size=1)
     missing = [name for name in VARIABLES if name not in present]
     if missing:
@@ -64,14 +64,14 @@ def discover_ranks(environ: Mapping[str, str]) -> Ranks:
             f"environment: {', '.join(missing)}: not set although {present[0]} is; start with "
             "deepspeed or torchrun, which set all of them, or unset the others"
         )
-    rank, local_rank = _number(environ, "RANK"), _number(environ, "LOCAL_RANK")
-    world_size = _number(environ, "WORLD_SIZE")
-    if not 0 < _number(environ, "MASTER_PORT") < 65536:
+    rank, local_rank = number(environ, "RANK"), number(environ, "LOCAL_RANK")
+    world_size = number(environ, "WORLD_SIZE")
+    if not 0 < number(environ, "MASTER_PORT") < 65536:
         raise LaunchError(
             f"environment: MASTER_PORT: is {environ['MASTER_PORT']}, expected 1 to 65535"
         )
     local_name = "LOCAL_WORLD_SIZE" if environ.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE"
-    local_size = _number(environ, local_name) if environ.get(local_name) else world_size
+    local_size = number(environ, local_name) if environ.get(local_name) else world_size
     if not 0 <= rank < world_size:
         raise LaunchError(
             f"environment: RANK: is {rank}, expected less than WORLD_SIZE {world_size}"
@@ -82,12 +82,18 @@ def discover_ranks(environ: Mapping[str, str]) -> Ranks:
             f"{world_size}, expected LOCAL_RANK < {local_name} <= WORLD_SIZE"
         )
     return Ranks(
-        rank=rank, local_rank=local_rank, world_size=world_size, local_world_size=local_size
+        rank=rank,
+        local_rank=local_rank,
+        world_size=world_size,
+        local_world_size=local_size,
+        meeting_place=(environ["MASTER_ADDR"], environ["MASTER_PORT"]),
     )
 
 
 def complete_environment(environ: MutableMapping[str, str], ranks: Ranks) -> None:
-    """Give a process started on its own the variables DeepSpeed insists on."""
+    """Give a process the variables DeepSpeed insists on, whoever started it."""
+    if ranks.meeting_place is not None:
+        environ["MASTER_ADDR"], environ["MASTER_PORT"] = ranks.meeting_place
     if ranks.world_size == 1 and not environ.get("MASTER_PORT"):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

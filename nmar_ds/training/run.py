@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 from pathlib import Path
@@ -22,7 +23,7 @@ from nmar_ds.model.canary import CanaryReport, run_canary
 from nmar_ds.model.loading import load_model, trainable_parameters
 from nmar_ds.model.training_model import UndoTrainingModel
 from nmar_ds.model.vocabulary import known_rows
-from nmar_ds.training import checkpoints, heldout
+from nmar_ds.training import attempts, checkpoints, heldout, outcome
 from nmar_ds.training.engine import (
     Engine,
     ProcessPeers,
@@ -70,6 +71,37 @@ def _run(config: RunConfig, plan: RunPlan, ranks: Ranks, stop: StopSignal, lock:
     _take_folder(lock, peers)
     found = _find_checkpoint(config, plan, peers, output / "checkpoints")
     first_step = found.step if found else 0
+    with peers.share_errors():
+        if peers.rank == 0:
+            attempts.begin(output, first_step, os.environ)
+            outcome.clear(output)
+    complete = _attempt(config, plan, ranks, stop=stop, peers=peers, found=found)
+    with peers.share_errors():
+        if peers.rank == 0:
+            attempts.end(output, first_step, os.environ)
+            if complete:
+                outcome.write(output, f"complete step {plan.total_steps}")
+    if not complete:
+        reason = stop_reason(stop, peers)
+        with peers.share_errors():
+            if peers.rank == 0:
+                latest = output / "checkpoints" / "latest"  # saved a moment ago, or nothing new
+                step = int(latest.read_text().removeprefix("step-")) if latest.exists() else 0
+                outcome.write(output, f"interrupted step {step}: {reason}")
+    return complete
+
+
+def _attempt(
+    config: RunConfig,
+    plan: RunPlan,
+    ranks: Ranks,
+    *,
+    stop: StopSignal,
+    peers: ProcessPeers,
+    found: checkpoints.Found | None,
+) -> bool:
+    """Train from a checkpoint, or the start, to the end or to a stop; see `run_training`."""
+    output, first_step = Path(config.output), found.step if found else 0
     if found and first_step >= plan.total_steps:
         if peers.rank == 0:
             print(f"already complete: {found.folder} is after the last step", flush=True)

@@ -15,6 +15,7 @@ from types import ModuleType
 import pytest
 
 from nmar_ds.config import load_config, reference_page
+from nmar_ds.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -27,7 +28,8 @@ def commands() -> list[tuple[str, str]]:
     found = []
     for page in PAGES:
         for block in re.findall(r"^```bash\n(.*?)^```", page.read_text("utf-8"), re.M | re.S):
-            found += [(page.name, line) for line in block.splitlines() if line.strip()]
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [(page.name, line) for line in lines if line.strip()]
     return found
 
 
@@ -45,6 +47,15 @@ def check_launch(words: list[str]) -> None:
     options = launcher(words[script]).parse(words[script + 1 :])
     if getattr(options, "config", None):
         load_config(ROOT / options.config, options.overrides)
+
+
+def check_job(words: list[str]) -> None:
+    """A script of slurm/ and the configuration it is given; Slurm's own flags stand before."""
+    script = next(word for word in words if word.startswith("slurm/"))
+    assert (ROOT / script).is_file(), script
+    rest = words[words.index("--config") + 1 :]
+    ours = rest[: rest.index("--")] if "--" in rest else rest
+    load_config(ROOT / ours[0], ours[1:])
 
 
 def check_make(words: list[str]) -> None:
@@ -67,10 +78,16 @@ def test_there_are_commands() -> None:
 @pytest.mark.parametrize(("page", "line"), commands())
 def test_every_command_parses(page: str, line: str) -> None:
     words = shlex.split(QUICK.sub("", line), comments=True)
-    if words in (["source", ".venv/bin/activate"], ["export", "DS_ACCELERATOR=cpu"]):
+    if words in (
+        ["source", ".venv/bin/activate"],
+        ["export", "DS_ACCELERATOR=cpu"],
+        ["export", "NMAR_VENV=$PWD/.venv"],
+    ):
         return
     if words[0] == "make":
         check_make(words)
+    elif words[0] == "sbatch" or words[0].startswith("slurm/"):
+        check_job(words)
     else:
         assert words[0] in ("python", "deepspeed", "torchrun"), f"{page}: {line}"
         check_launch(words)
@@ -81,6 +98,8 @@ def test_a_wrong_command_would_be_seen() -> None:
         check_launch("python launcher/export.py --runn x".split())
     with pytest.raises(AssertionError):
         check_make("make quickstrat".split())
+    with pytest.raises(ConfigError):
+        check_job("sbatch slurm/export.sh --config configs/quickstart.yaml outptu=x".split())
 
 
 def test_quick_commands_run(tmp_path: Path) -> None:

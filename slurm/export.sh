@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# The newest checkpoint of a run as a Hugging Face folder: <output>/export.
+#
+#   sbatch slurm/export.sh --config configs/FILE.yaml [a.b=c ...]
+#
+# One task. NMAR_VENV or NMAR_CONTAINER choose the environment; see docs/cluster.md.
+#SBATCH --job-name=nmar-export
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --open-mode=append
+#SBATCH --output=nmar-export-%j.log
+set -euo pipefail
+
+find_home() { # Slurm runs a copy of this script from a spool folder, so the project is looked for
+    local place
+    for place in "${NMAR_HOME:-}" "$(dirname -- "${BASH_SOURCE[0]}")/.." \
+        "${SLURM_SUBMIT_DIR:-.}" "${SLURM_SUBMIT_DIR:-.}/.."; do
+        if [ -n "$place" ] && [ -r "$place/slurm/lib.sh" ]; then
+            NMAR_HOME=$(cd -- "$place" && pwd) && export NMAR_HOME && return
+        fi
+    done
+    echo "error: slurm/lib.sh not found; submit from the project's folder or set NMAR_HOME" >&2
+    exit 2
+}
+
+case "${1:---help}" in
+    -h | --help) sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+esac
+find_home
+# shellcheck source=slurm/lib.sh
+. "$NMAR_HOME/slurm/lib.sh"
+set_up
+learn_output "$@"
+exec "${nmar_python[@]}" "$NMAR_HOME/launcher/export.py" --run "$nmar_output" \
+    --output "$nmar_output/export" --overwrite
