@@ -75,7 +75,7 @@ def check_exactness(peers: ProcessPeers, device: torch.device) -> list[Line]:
     """Proofs 1, 2 and 3."""
     lines = _packed_equals_alone(peers, device)
     lines += _whatever_ranks_and_accumulation(peers)
-    return lines + _safety_gap(peers)
+    return lines + check_safety_gap(peers)
 
 
 def _size(world_size: int) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def _step_gaps(one: _Step, reference: Reference) -> dict[str, float]:
     }
 
 
-def _safety_gap(peers: ProcessPeers) -> list[Line]:
+def check_safety_gap(peers: ProcessPeers) -> list[Line]:
     """Proof 3: g_SFT - g_mSFT = G_e / D, and how it fails under `trained` (SPEC 4 b)."""
     take = functools.partial(_take_step, peers, dtype="float32")
     figures: dict[str, float] | None = {}

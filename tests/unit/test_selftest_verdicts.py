@@ -6,9 +6,11 @@ import ast
 import dataclasses
 import inspect
 import json
+import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from nmar_ds.acceptance import reference
 from nmar_ds.acceptance.resume import Outcome, judge
@@ -64,6 +66,17 @@ def test_without_a_checkpoint_nothing_was_saved() -> None:
 )
 def test_a_number_beyond_its_bound_or_no_number_fails(seen: float, passed: bool) -> None:
     assert within("x", seen, 1e-5).passed is passed
+
+
+def test_gaps_are_relative_to_the_reference_and_nan_stays_nan() -> None:
+    one, two = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0])
+    nan = torch.tensor([1.0, float("nan")])
+    assert reference.worst_gap([one, two], [one, one]) == 1.0
+    assert reference.worst_gap([two], [two]) == 0.0
+    assert math.isnan(reference.worst_gap([nan, two], [two, two]))
+    assert math.isnan(reference.worst_gap([two, nan], [two, two]))
+    assert reference.gap({"a": two.numpy()}, {"a": one.numpy()}) == 1.0
+    assert math.isnan(reference.gap({"a": nan.numpy()}, {"a": two.numpy()}))
 
 
 def line(passed: bool) -> Line:
