@@ -6,7 +6,8 @@
 #
 # One task per GPU (or CPU rank): add --gpus-per-node and --ntasks-per-node to sbatch as your
 # cluster wants them. Each phase is a job step of its own, so a phase that hangs or dies takes no
-# other with it. PYTHON names the interpreter (default: .venv/bin/python, else python3).
+# other with it. PYTHON names the interpreter (default: .venv/bin/python, else python3), or
+# NMAR_VENV or NMAR_CONTAINER do, as for the other job scripts.
 # Exit codes: 0 all passed; 1 something failed; 2 bad arguments.
 #SBATCH --job-name=nmar-selftest
 #SBATCH --nodes=1
@@ -45,15 +46,24 @@ for name in "${names[@]}"; do
         *) fail "--phases: $name is none of preflight, isolation, exactness, resume, bandwidth" ;;
     esac
 done
-python=${PYTHON:-.venv/bin/python}
-[[ -n ${PYTHON:-} || -x $python ]] || python=python3
+if [[ -n ${PYTHON:-} ]]; then
+    python=("$PYTHON")
+elif [[ -n ${NMAR_VENV:-}${NMAR_CONTAINER:-} && -f slurm/lib.sh ]]; then
+    export NMAR_HOME=$PWD
+    # shellcheck disable=SC1091,SC2154 # it sets nmar_python
+    source slurm/lib.sh && set_up && python=("${nmar_python[@]}")
+elif [[ -x .venv/bin/python ]]; then
+    python=(.venv/bin/python)
+else
+    python=(python3)
+fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 launch() { # <phase>: one process per rank
     local -a command=(launcher/selftest.py --output "$output" --phases "$1" --no-summary "${more[@]}")
     if [[ -z ${SLURM_JOB_ID:-} ]]; then
-        "$python" -m torch.distributed.run --nproc_per_node "$ranks" --master_addr 127.0.0.1 \
-            --master_port "$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')" \
+        "${python[@]}" -m torch.distributed.run --nproc_per_node "$ranks" --master_addr 127.0.0.1 \
+            --master_port "$("${python[@]}" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')" \
             "${command[@]}"
         return
     fi
@@ -65,7 +75,7 @@ launch() { # <phase>: one process per rank
     srun --kill-on-bad-exit=1 bash -c '
         export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
         export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_NNODES))
-        exec "$@"' selftest "$python" "${command[@]}"
+        exec "$@"' selftest "${python[@]}" "${command[@]}"
 }
 
 step=0
@@ -74,4 +84,4 @@ for name in "${names[@]}"; do
     launch "$name" || printf 'phase %s ended with exit code %s\n' "$name" "$?"
     step=$((step + 1))
 done
-exec "$python" launcher/selftest.py --output "$output" --phases "$phases" --summary
+exec "${python[@]}" launcher/selftest.py --output "$output" --phases "$phases" --summary

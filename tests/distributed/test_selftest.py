@@ -158,3 +158,22 @@ def test_under_slurm_each_phase_is_a_step_whose_tasks_know_their_rank(tmp_path: 
                 "--min-bandwidth 2"
             )
     assert lines[8].endswith("--phases isolation,bandwidth --summary")
+
+
+def test_the_script_takes_the_job_scripts_interpreter(tmp_path: Path) -> None:
+    """NMAR_VENV and NMAR_CONTAINER mean here what slurm/lib.sh makes of them."""
+    for folder in ("slurm", "launcher"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "launcher/selftest.py").write_text("")
+    (tmp_path / "slurm/selftest.sh").write_text((ROOT / "slurm/selftest.sh").read_text())
+    (tmp_path / "slurm/lib.sh").write_text(
+        'set_up() { nmar_python=(echo in "$NMAR_VENV" of "$NMAR_HOME"); }\n'
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHON"}
+    result = subprocess.run(
+        ["bash", "slurm/selftest.sh", "--phases", "bandwidth"], cwd=tmp_path, text=True,
+        capture_output=True, timeout=60, check=False, env={**environment, "NMAR_VENV": "/a b"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    last = result.stdout.splitlines()[-1]
+    assert last.startswith(f"in /a b of {tmp_path} launcher/selftest.py --output runs/selftest")
