@@ -36,29 +36,41 @@ def test_a_killed_run_resumes_exactly_or_the_self_test_fails(tmp_path: Path, fau
     assert (tmp_path / "resume" / "killed-2-rank1.log").exists()
 
 
-def test_the_script_ends_with_1_and_one_page(tmp_path: Path) -> None:
-    """`bash slurm/selftest.sh` on one machine; the interpreter it is given carries the fault."""
-    python = tmp_path / "python"
+def script(folder: Path, phases: str, *, fault: str) -> tuple[int, str]:
+    """`bash slurm/selftest.sh` with a fault on rank 1; its exit code and page.
+
+    The interpreter that it is given puts the faulty double in the place of launcher/selftest.py.
+    """
+    python = folder / "python"
+    double = str(selftest_faults.__file__).replace("/", "\\/")
     python.write_text(
         "#!/usr/bin/env bash\n"
-        "# As python, but launcher/selftest.py on ranks is replaced by its faulty double.\n"
         f'[[ $* == *--summary* && $* != *--no-summary* ]] && exec {sys.executable} "$@"\n'
-        'args=("${@//launcher\\/selftest.py/' + str(selftest_faults.__file__).replace("/", "\\/")
-        + '}")\n'
-        f'exec {sys.executable} "${{args[@]}}"\n'
-    )  # fmt: skip
+        f'exec {sys.executable} "${{@//launcher\\/selftest.py/{double}}}"\n'
+    )
     python.chmod(0o755)
-    output = tmp_path / "out"
     result = subprocess.run(
-        ["bash", "slurm/selftest.sh", "--ranks", "2", "--output", str(output), "--phases",
-         "bandwidth"],
-        cwd=ROOT, capture_output=True, text=True, timeout=200, check=False,
-        env={**os.environ, "PYTHON": str(python), "FAULT": "sum", "FAULT_RANK": "1",
+        ["bash", "slurm/selftest.sh", "--ranks", "2", "--output", str(folder / "out"),
+         "--phases", phases],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "PYTHON": str(python), "FAULT": fault, "FAULT_RANK": "1",
              "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert result.returncode == 1, result.stdout + result.stderr
-    page = (output / "selftest.txt").read_text()
+    page = (folder / "out" / "selftest.txt").read_text()
     assert page in result.stdout
+    return result.returncode, page
+
+
+def test_the_script_ends_with_1_and_one_page(tmp_path: Path) -> None:
+    code, page = script(tmp_path, "bandwidth", fault="sum")
+    assert code == 1
     assert "FAIL  all-reduce: " in page and "PASS  all-gather: " in page
     assert page.rstrip().endswith("VERDICT: FAIL (2 of 3 checks)")
     assert "torch " in page and "ranks     2 on cpu" in page
+
+
+def test_a_rank_that_dies_in_one_phase_takes_no_other_with_it(tmp_path: Path) -> None:
+    code, page = script(tmp_path, "isolation,bandwidth", fault="raise")
+    assert code == 1
+    assert page.count("FAIL  ") == 1 and "FAIL  the phase itself: " in page
+    assert page.rstrip().endswith("VERDICT: FAIL (3 of 4 checks)")
