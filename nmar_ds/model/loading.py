@@ -42,7 +42,12 @@ def _dtype(section: ModelSection) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[section.dtype]
 
 
-def _config_from_keys(section: ModelSection, *, vocab_size: int, ids: dict[str, int | None]) -> Any:
+def config_of_keys(section: ModelSection, *, vocab_size: int, ids: dict[str, int | None]) -> Any:
+    """The transformers configuration of a model made from `model.config`.
+
+    Raises:
+        ConfigError: a key or value of `model.config` is at fault.
+    """
     keys = dict(section.config or {})
     model_type = keys.pop("model_type")
     if model_type not in transformers.CONFIG_MAPPING:
@@ -63,7 +68,12 @@ def _config_from_keys(section: ModelSection, *, vocab_size: int, ids: dict[str, 
         raise ConfigError(f"model.config: {error}") from None
 
 
-def _config_from_folder(folder: Path) -> Any:
+def config_of_folder(folder: Path) -> Any:
+    """The transformers configuration of a model folder.
+
+    Raises:
+        ConfigError: it has none that can be read.
+    """
     try:
         config = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
@@ -110,7 +120,7 @@ def load_model(
         _KEPT_ALIVE[:] = [HfDeepSpeedConfig(deepspeed_settings)]
     torch.manual_seed(seed)
     if section.path is None:
-        config = _config_from_keys(section, vocab_size=tokenizer_size, ids=ids)
+        config = config_of_keys(section, vocab_size=tokenizer_size, ids=ids)
         check_supported(config)
         model = transformers.AutoModelForCausalLM.from_config(
             config, dtype=_dtype(section), attn_implementation=ATTENTION_NAME
@@ -122,7 +132,7 @@ def load_model(
             trained_before = check_model_folder(
                 folder, tokenizer_size=tokenizer_size, tokenizer_fingerprint=tokenizer_fingerprint
             )
-            config = _config_from_folder(folder)
+            config = config_of_folder(folder)
             check_supported(config)
             plan = plan_filling(config, folder, dtype=_dtype(section), peers=peers)
         model = load_streaming(

@@ -14,25 +14,12 @@ import pytest
 import torch
 from pool import RankPool
 
+from nmar_ds.acceptance.reference import combine, gap
+
 MSFT = [0.0, 1.0, 0.0, 1.0, 1.0]
 SFT = [0.0, 1.0, 1.0, 1.0, 1.0]
 DEVIATION = 2
 TOLERANCE = 1e-5
-
-
-def gap(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
-    """max |a - b| / max |b| over all parameters together."""
-    assert a.keys() == b.keys()
-    largest = max(float(np.abs(value).max()) for value in b.values())
-    return max(float(np.abs(a[name] - b[name]).max()) for name in b) / largest
-
-
-def combine(parts: dict[int, dict[str, np.ndarray]], weights: list[float], divisor: float) -> Any:
-    """sum_k w_k G_k / D."""
-    return {
-        name: sum(weights[role] * parts[role][name] for role in range(5)) / divisor
-        for name in parts[0]
-    }
 
 
 def on_first(results: list[dict[str, Any]]) -> dict[str, Any]:

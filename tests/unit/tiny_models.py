@@ -10,10 +10,14 @@ import numpy as np
 import torch
 import transformers
 
+from nmar_ds.acceptance.packed import run_ours  # noqa: F401 (tests take them from here)
+from nmar_ds.acceptance.reference import (  # noqa: F401
+    gradients,
+    reference_nll,
+    reference_sums,
+)
+from nmar_ds.acceptance.reference import worst_gap as gap  # noqa: F401
 from nmar_ds.data.loader import Batch, make_batch
-from nmar_ds.model.objective import token_weights
-from nmar_ds.model.segments import SegmentLayout
-from nmar_ds.model.training_model import UndoTrainingModel
 
 VOCAB = 61
 _COMMON = dict(
@@ -89,53 +93,3 @@ class Traces:
 def pack(traces, rows, length) -> Batch:
     rows = [np.array(row, dtype=np.int64) for row in rows]
     return make_batch(traces, rows, length=length, pad_id=0)
-
-
-def run_ours(model: UndoTrainingModel, batch: Batch, weights, *, also_untrained=False):
-    """Forward of the training module on a batch."""
-    dtype = torch.float64 if model.lm.dtype == torch.float64 else torch.float32
-    roles_N = torch.from_numpy(batch.target_roles)
-    return model(
-        torch.from_numpy(batch.input_ids),
-        torch.from_numpy(batch.position_ids),
-        SegmentLayout.from_cu_seqlens(batch.cu_seqlens, padding=batch.trace_ids < 0),
-        torch.from_numpy(batch.targets),
-        token_weights(roles_N, weights, dtype),
-        roles_N,
-        also_untrained=also_untrained,
-    )
-
-
-def reference_nll(model, traces, index):
-    """Naive per-target losses of one trace, alone, by the stock model; and the targets' roles."""
-    ids = torch.from_numpy(traces.ids(index))
-    logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-    exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    log_p = torch.log_softmax(logits.to(exact), dim=-1)
-    return -log_p[torch.arange(len(ids) - 1), ids[1:]], traces.roles(index)[1:]
-
-
-def reference_sums(model, traces, indices):
-    """S_k of SPEC 3 as five differentiable scalars, trace by trace."""
-    sums = [torch.zeros((), dtype=torch.float64) for _ in range(5)]
-    for index in indices:
-        nll, roles = reference_nll(model, traces, index)
-        for role in range(5):
-            sums[role] = sums[role] + nll[torch.from_numpy(roles == role)].double().sum()
-    return sums
-
-
-def gradients(model, loss):
-    """Full gradients of a loss, one tensor per parameter in order; zeros where unused."""
-    parameters = [p for _, p in sorted(model.named_parameters())]
-    return torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
-
-
-def gap(ours, reference):
-    """max|a - b| / max|b|, per parameter; the worst."""
-    worst = 0.0
-    for a, b in zip(ours, reference, strict=True):
-        scale = float(b.abs().max())
-        difference = float((a - b).abs().max())
-        worst = max(worst, difference / scale if scale else difference)
-    return worst
