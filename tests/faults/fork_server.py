@@ -46,6 +46,7 @@ class ForkServer:
         watch: tuple[Path, int] | None = None,
         broken: str | None = None,
         struck: dict[str, Any] | None = None,
+        impatient: bool = False,
     ) -> dict[str, Any]:
         """Run `launcher/train.py` once; root can do it as another user.
 
@@ -56,18 +57,19 @@ class ForkServer:
             user: id to become, where this process is root.
             watch: folder and number of the attempt, for `history`.
             broken: a name of `broken.BREAKS`, to see a proof fail.
-            struck: `signal` by name, to `ranks`, after `seconds`, from outside. As a launcher
-                does, the server then ends the other ranks some seconds after the first that failed.
+            struck: `signal` by name, to `ranks`, after `seconds`, from outside.
+            impatient: end the other ranks some seconds after the first that failed, as launchers
+                do; always so where they are struck.
 
         Returns:
             codes: exit code of each rank, negative for a signal; seconds_apart: from the first
             rank's end to the last's; outputs: what each rank said; overdue: whether the ranks had
-            to be killed because they did not end.
+            to be killed because they did not end; struck: whether they were, from outside.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
         request = {"overrides": overrides, "fault": fault, "num_ranks": num_ranks, "user": user,
                    "watch": watch and [str(watch[0]), watch[1]], "broken": broken,
-                   "struck": struck}  # fmt: skip
+                   "struck": struck, "impatient": impatient or struck is not None}  # fmt: skip
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
@@ -138,7 +140,7 @@ def _run(request: dict[str, Any], config: str, folder: Path) -> dict[str, Any]:
             for rank in set(left) & set(struck["ranks"]):
                 os.kill(pids[rank], signal.Signals[struck["signal"]])
             struck = None
-        failed = request["struck"] is not None and any(codes.values())
+        failed = request["impatient"] and any(codes.values())
         overdue = overdue or now - started > LONGEST
         for rank in left:
             if overdue or (failed and now - ends[0] > PATIENCE):
@@ -153,6 +155,7 @@ def _run(request: dict[str, Any], config: str, folder: Path) -> dict[str, Any]:
         "seconds_apart": ends[-1] - ends[0],
         "outputs": [path.read_text("utf-8", errors="replace") for path in said],
         "overdue": overdue,
+        "struck": request["struck"] is not None and struck is None,
     }
 
 

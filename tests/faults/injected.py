@@ -8,6 +8,7 @@ A fault is a mapping:
     point: name given to `checkpoints.reached`, for `where: point`
     how: kill | sleep | full, or names of signals the rank sends itself ("SIGTERM", "SIGINT SIGINT")
     seconds: for sleep
+    struck: a file to make when it happens (optional)
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ POINTS_OF_ALL = ("before_write", "after_write", "after_hash", "committed")
 def strike(fault: dict[str, Any]) -> None:
     """Carry the fault out on this very process."""
     how = fault["how"]
+    if "struck" in fault:
+        Path(fault["struck"]).touch()
     if how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif how == "sleep":
