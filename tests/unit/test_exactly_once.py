@@ -64,15 +64,15 @@ class Script:
         self.draw = draw = np.random.default_rng([4, number])
         self.folder = folder
         capacity = int(draw.integers(4, 40))
-        self.lengths = draw.integers(1, capacity + 1, size=int(draw.integers(1, 120)))
+        self.lengths = draw.integers(1, capacity + 1, size=int(draw.integers(1, 500)))
         self.traces = Traces(self.lengths)
         self.packed = best_fit_decreasing(self.lengths, capacity)
         self.counts = count_targets(len(self.lengths), self.traces.roles)
         self.seed, self.batch = int(draw.integers(2**31)), int(draw.choice([12, 24]))
         self.every = int(draw.integers(1, 6))
         steps_per_epoch = self.loader(0, 1).steps_per_epoch
-        # From a part of an epoch to three of them.
-        self.steps = max(3, min(30, int(draw.uniform(0.5, 3) * steps_per_epoch)))
+        # From a part of an epoch to four of them.
+        self.steps = max(3, min(30, int(draw.uniform(0.5, 4) * steps_per_epoch)))
         self.attempts: list[Attempt] = []
 
     def loader(self, rank: int, world_size: int, micro: int = 1) -> RowLoader:
