@@ -10,10 +10,13 @@ BIN := $(VENV)/bin
 CONFIG ?= configs/quickstart.yaml
 RUN ?= runs/quickstart
 OVERRIDES ?=
+ONLY ?=
+N ?= 100
+SEED ?= 0
 SMOLLM2_RUN ?= runs/smollm2
 SMOLLM2_MODEL ?= runs/smollm2_135m_instruct
 
-.PHONY: help install quickstart smollm2 test test-nodes test-slurm test-faults test-pretrained check mutants tensorboard clean
+.PHONY: help install quickstart smollm2 test test-nodes test-slurm test-faults test-pretrained reliability soak check mutants tensorboard clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -52,6 +55,12 @@ test-slurm: $(VENV)/installed  ## the job scripts under a Slurm of their own (4 
 
 test-faults: $(VENV)/installed  ## kills, signals, full disks and second jobs (under 20 minutes)
 	$(BIN)/python -m pytest tests/faults
+
+reliability: $(VENV)/installed  ## every counted goal, into benchmarks/results (ONLY=G1,G3: these alone)
+	$(BIN)/python benchmarks/reliability.py $(if $(ONLY),--only '$(ONLY)')
+
+soak: $(VENV)/installed  ## N random faults, each recovered bit-exactly (SEED decides them; resumable)
+	$(BIN)/python tests/faults/soak.py --faults $(N) --seed $(SEED)
 
 test-pretrained: $(VENV)/smollm2  ## real pretrained weights, trained, resumed, exported (10 minutes)
 	$(BIN)/python -m pytest tests/pretrained

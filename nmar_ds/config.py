@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from nmar_ds.errors import ConfigError, NmarError
-from nmar_ds.yaml_input import apply_override, nearest, read_yaml
+from nmar_ds.yaml_input import apply_override, closest, nearest, read_yaml
 
 if TYPE_CHECKING:
     from nmar_ds.model.weighting import LossOptions
@@ -196,7 +196,9 @@ class ModelSection(Section):
         if (self.path is None) == (self.config is None):
             raise ValueError("needs exactly one of `path` and `config`")
         if self.config is not None and "model_type" not in self.config:
-            raise ValueError("`config` lacks `model_type`, for example llama")
+            like = closest("model_type", self.config)
+            meant = f"; {like!r} is no key of it, did you mean 'model_type'?" if like else ""
+            raise ValueError(f"`config` lacks `model_type`, for example llama{meant}")
         if self.config is not None and self.undo_init is not None:
             raise ValueError(
                 "has `undo_init`, but a model made from `config` is random throughout and has "

@@ -450,10 +450,18 @@ def _size_of(folder: Path) -> int:
 
 
 def _require_replaceable(folder: Path) -> None:
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+    if folder.is_dir() and any(folder.iterdir()) and not _is_store(folder):
         raise StoreError(f"{folder}: holds something else, expected a store or no such folder")
     if folder.exists() and not folder.is_dir():
         raise StoreError(f"{folder}: is a file, expected a store or no such folder")
+
+
+def _is_store(folder: Path) -> bool:
+    """Whether a manifest of ours lies there: others have files of that name too."""
+    try:
+        return "shards" in json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _put_in_place(partial: Path, folder: Path) -> None:

@@ -188,7 +188,10 @@ def load_model(folder: Path) -> Any:
 
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        # No code and no pickles from the folder; transformers would ask, or load them.
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"{folder}: not loadable as a model ({line})") from None

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from transformers.integrations import HfDeepSpeedConfig
+from transformers.modeling_rope_utils import RopeParameters
 
 from nmar_ds.config import ModelSection
 from nmar_ds.errors import ConfigError
@@ -60,12 +61,23 @@ def config_of_keys(section: ModelSection, *, vocab_size: int, ids: dict[str, int
     for key in keys:
         if key not in known_keys:
             raise ConfigError(f"model.config.{key}: unknown key{nearest(key, known_keys)}")
+    _check_rope_keys(keys.get("rope_parameters"), "model.config.rope_parameters")
     multiple = section.pad_vocab_to_multiple_of
     rows = -(-vocab_size // multiple) * multiple
     try:
         return config_class(**keys, **ids, vocab_size=rows, use_cache=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, KeyError) as error:
         raise ConfigError(f"model.config: {error}") from None
+
+
+def _check_rope_keys(keys: Any, place: str) -> None:
+    """Transformers warns of a misspelt one and trains with its default; by layer type or flat."""
+    for key, value in keys.items() if isinstance(keys, dict) else ():
+        if isinstance(value, dict):
+            _check_rope_keys(value, f"{place}.{key}")
+        elif key not in RopeParameters.__annotations__:
+            known = nearest(str(key), RopeParameters.__annotations__)
+            raise ConfigError(f"{place}.{key}: unknown key{known}")
 
 
 def config_of_folder(folder: Path) -> Any:

@@ -73,9 +73,13 @@ def folder_name(step: int) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's content so that a reader sees the old or the new text, never a part."""
+    """Replace a file's content so that a reader sees the old or the new text, never a part.
+
+    Nothing is written through a link that stands in the way: the link itself is replaced.
+    """
     aside = path.with_name(path.name + ".tmp")
-    with aside.open("w", encoding="utf-8") as file:
+    aside.unlink(missing_ok=True)
+    with aside.open("x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -146,7 +150,10 @@ def _clear(folder: Path, partial: Path) -> None:
     """Make the folders and remove what saves that died have left there."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob("step-*.partial"):
-        shutil.rmtree(path)
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
     partial.mkdir()
     reached("cleared")
 

@@ -11,6 +11,8 @@ import datetime
 import gc
 import logging
 import os
+import pickle
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +22,14 @@ from typing import Any
 import torch
 
 from nmar_ds.config import OptimizerSection
-from nmar_ds.errors import FolderError, LaunchError, NmarError, PeerLostError, SaveError
+from nmar_ds.errors import (
+    CheckpointError,
+    FolderError,
+    LaunchError,
+    NmarError,
+    PeerLostError,
+    SaveError,
+)
 from nmar_ds.files import about, no_room
 from nmar_ds.training.nodes import choose_interface, meet
 from nmar_ds.training.ranks import Ranks, threads_per_rank
@@ -281,8 +290,15 @@ class Engine:
             self._unwritten = self._unwritten or no_room(error, Path(path), _num_bytes(state_dict))
 
     def load_from(self, folder: Path, tag: str) -> dict[str, Any]:
-        """Load `folder/tag` into a fresh engine and return this rank's client state."""
-        path, state = self._engine.load_checkpoint(str(folder), tag=tag)
+        """Load `folder/tag` into a fresh engine and return this rank's client state.
+
+        Raises:
+            CheckpointError: a file of it is no plain data; nothing in it was run.
+        """
+        try:
+            path, state = self._engine.load_checkpoint(str(folder), tag=tag)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(not_plain_data(folder / tag, error)) from None
         assert path is not None, "the checkpoint was verified before"
         client: dict[str, Any] = state["nmar"]
         return client
@@ -304,6 +320,15 @@ class Engine:
             name: safe_get_full_fp32_param(parameter).detach().clone()
             for name, parameter in self.module.named_parameters()
         }
+
+
+def not_plain_data(folder: Path, error: Exception) -> str:
+    """One line on a checkpoint whose files the safe loader refuses."""
+    reason = " ".join(str(error).split())
+    found = re.search(r"GLOBAL ([\w.]+) was not|Unsupported (?:global|class)[:,]? ([\w.]+)", reason)
+    named = next((name for name in found.groups() if name), "") if found else ""
+    what = f"asks for {named}" if named else reason[:160]
+    return f"{folder}: holds pickled code or is damaged, expected tensors and plain values ({what})"
 
 
 def _num_bytes(state: Any) -> int:

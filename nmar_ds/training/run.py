@@ -16,7 +16,7 @@ from nmar_ds import __version__
 from nmar_ds.config import RunConfig, deepspeed_config
 from nmar_ds.data.loader import Batch, RowLoader
 from nmar_ds.data.store import boundary_ids_of
-from nmar_ds.errors import CheckpointError, ConfigError
+from nmar_ds.errors import CheckpointError, ConfigError, FolderError
 from nmar_ds.model import row_norms
 from nmar_ds.model.attention import check_supported
 from nmar_ds.model.canary import CanaryReport, run_canary
@@ -171,7 +171,17 @@ def _prepare_folder(
     if fresh:
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         checkpoints.write_atomically(output / "config.yaml", text)
-        shutil.copytree(plan.store.folder / "tokenizer", output / "tokenizer", dirs_exist_ok=True)
+        _copy_tokenizer(plan.store.folder / "tokenizer", output / "tokenizer")
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    """Over what a former start has left, but through no link that stands there."""
+    if folder.is_symlink():
+        raise FolderError(f"{folder}: is a link, expected a folder or nothing; remove it")
+    folder.mkdir(exist_ok=True)
+    for file in sorted(source.iterdir()):
+        (folder / file.name).unlink(missing_ok=True)
+        shutil.copyfile(file, folder / file.name)
 
 
 def _introduce(

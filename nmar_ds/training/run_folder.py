@@ -56,7 +56,9 @@ class RunLock:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Not truncated: until the lock is ours the text is the holder's.
-            self._file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644), "r+")
+            # Nor through a link, whose target would be overwritten.
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+            self._file = os.fdopen(os.open(self.path, flags, 0o644), "r+")
         except OSError as error:
             raise FolderError(about(error, self.path.parent)) from None
         try:
@@ -75,7 +77,7 @@ class RunLock:
     def join(self, rank: int) -> None:
         """Any other rank, once rank 0 has the folder: hold it as long as this process lives."""
         try:
-            self._file = self.path.open("r+", encoding="utf-8")
+            self._file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_NOFOLLOW), "r+")
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
         except OSError as error:
             if error.errno not in _NO_LOCKS:

@@ -116,17 +116,28 @@ def newest_step(run: Path) -> int | None:
     return None if found is None else found.step
 
 
-def digest_of(run: Path) -> str:
+def digest_of(run: Path, steps: int = STEPS) -> str:
     """sha256 over the fp32 master weights after the last step, by name."""
     from nmar_ds.training.checkpoints import find_newest
     from nmar_ds.training.export import full_state
 
     found = find_newest(run / "checkpoints", report=pytest.fail)
-    assert found is not None and found.step == STEPS
+    assert found is not None and found.step == steps
     digest = hashlib.sha256()
     for name, tensor in sorted(full_state(found).items()):
         digest.update(name.encode() + tensor.numpy().tobytes())
     return digest.hexdigest()
+
+
+def state_of(run: Path, steps: int = STEPS) -> dict[str, Any]:
+    """Name, size and sha256 of every file after the last step: moments and random state too.
+
+    Equal runs write equal bytes: nothing in these files depends on time, place or process.
+    """
+    from nmar_ds.training.checkpoints import folder_name, verify
+
+    files: dict[str, Any] = verify(run / "checkpoints" / folder_name(steps))["files"]
+    return files
 
 
 def assert_finished_as(run: Path, digest: str) -> None:
@@ -142,7 +153,10 @@ def assert_finished_as(run: Path, digest: str) -> None:
 def name_of(fault: dict[str, Any]) -> str:
     """A fault in words."""
     place = fault.get("point", fault["where"])
-    kind = "step" if fault["where"] in ("forward", "backward", "optimizer") else "save"
+    in_step = ("boundary", "forward", "backward", "optimizer", "nonfinite")
+    kind = "step" if fault["where"] in in_step else "save"
+    if fault["where"] in ("planning", "building"):
+        return f"rank {fault['rank']} while {place}"
     return f"rank {fault['rank']} in {place} of {kind} {fault['step']}"
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,18 +20,21 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = [str(ROOT), str(ROOT / "tests/faults"), str(ROOT / "tests/distributed")]
 LONGEST = 120.0
+PATIENCE = 3.0  # of a launcher with the other ranks, once one has failed
 
 
 class ForkServer:
     """The client's side."""
 
-    def __init__(self, config: Path) -> None:
+    def __init__(
+        self, config: Path, *, cwd: Path = ROOT, umask: int = -1, more: dict[str, str] | None = None
+    ) -> None:
         environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-                       "PYTHONPATH": os.pathsep.join(FOLDERS)}  # fmt: skip
+                       "PYTHONPATH": os.pathsep.join(FOLDERS), **(more or {})}  # fmt: skip
         self.config = config
         self._process = subprocess.Popen(
-            [sys.executable, __file__, str(config)],
-            cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, __file__, str(config)], encoding="utf-8", umask=umask,
+            cwd=cwd, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 
     def run(
@@ -39,16 +43,33 @@ class ForkServer:
         fault: dict[str, Any] | None = None,
         num_ranks: int = 2,
         user: int | None = None,
+        watch: tuple[Path, int] | None = None,
+        broken: str | None = None,
+        struck: dict[str, Any] | None = None,
+        impatient: bool = False,
     ) -> dict[str, Any]:
         """Run `launcher/train.py` once; root can do it as another user.
 
+        Args:
+            overrides: of the configuration.
+            fault: for one rank to suffer, see `injected`.
+            num_ranks: to start.
+            user: id to become, where this process is root.
+            watch: folder and number of the attempt, for `history`.
+            broken: a name of `broken.BREAKS`, to see a proof fail.
+            struck: `signal` by name, to `ranks`, after `seconds`, from outside.
+            impatient: end the other ranks some seconds after the first that failed, as launchers
+                do; always so where they are struck.
+
         Returns:
             codes: exit code of each rank, negative for a signal; seconds_apart: from the first
-            rank's end to the last's; outputs: what each rank said.
+            rank's end to the last's; outputs: what each rank said; overdue: whether the ranks had
+            to be killed because they did not end; struck: whether they were, from outside.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
-        request = {"overrides": overrides, "fault": fault, "num_ranks": num_ranks,
-                   "user": user}  # fmt: skip
+        request = {"overrides": overrides, "fault": fault, "num_ranks": num_ranks, "user": user,
+                   "watch": watch and [str(watch[0]), watch[1]], "broken": broken,
+                   "struck": struck, "impatient": impatient or struck is not None}  # fmt: skip
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
@@ -69,6 +90,8 @@ def _rank(rank: int, request: dict[str, Any], port: int, config: str, said: Path
     os.dup2(descriptor, 2)
     code = 70
     try:
+        import broken
+        import history
         import injected
 
         from launcher import train
@@ -78,6 +101,10 @@ def _rank(rank: int, request: dict[str, Any], port: int, config: str, said: Path
             LOCAL_SIZE=str(request["num_ranks"]), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
         )  # fmt: skip
         injected.install(request["fault"], rank)
+        if request["watch"] is not None:
+            history.watch(*request["watch"], rank)
+        if request["broken"] is not None:
+            broken.BREAKS[request["broken"]]()
         if request["user"] is not None and os.getuid() == 0:  # root may read and write anything
             os.setgroups([])
             os.setgid(request["user"])
@@ -105,20 +132,30 @@ def _run(request: dict[str, Any], config: str, folder: Path) -> dict[str, Any]:
         pids.append(pid)
     codes: dict[int, int] = {}
     started, ends = time.monotonic(), []
+    struck, overdue = request["struck"], False
     while len(codes) < len(pids):
-        for rank, pid in enumerate(pids):
-            if rank not in codes:
-                done, status = os.waitpid(pid, os.WNOHANG)
-                if done:
-                    codes[rank] = os.waitstatus_to_exitcode(status)
-                    ends.append(time.monotonic())
-                elif time.monotonic() - started > LONGEST:
-                    os.kill(pid, 9)
+        now = time.monotonic()
+        left = [rank for rank in ranks if rank not in codes]
+        if struck is not None and now - started > struck["seconds"]:
+            for rank in set(left) & set(struck["ranks"]):
+                os.kill(pids[rank], signal.Signals[struck["signal"]])
+            struck = None
+        failed = request["impatient"] and any(codes.values())
+        overdue = overdue or now - started > LONGEST
+        for rank in left:
+            if overdue or (failed and now - ends[0] > PATIENCE):
+                os.kill(pids[rank], signal.SIGKILL)
+            done, status = os.waitpid(pids[rank], os.WNOHANG)
+            if done:
+                codes[rank] = os.waitstatus_to_exitcode(status)
+                ends.append(time.monotonic())
         time.sleep(0.01)
     return {
         "codes": [codes[rank] for rank in ranks],
         "seconds_apart": ends[-1] - ends[0],
-        "outputs": [path.read_text(errors="replace") for path in said],
+        "outputs": [path.read_text("utf-8", errors="replace") for path in said],
+        "overdue": overdue,
+        "struck": request["struck"] is not None and struck is None,
     }
 
 
@@ -126,11 +163,14 @@ def main() -> None:
     """Serve until stdin ends."""
     import tempfile
 
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     config = sys.argv[1]
     import gc
 
+    import clock
+
+    clock.shift_as_told()
     # The imports are the point; the first loads torch's compiler, which costs each rank seconds.
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
     import torch

@@ -2,11 +2,13 @@
 
 A fault is a mapping:
     rank: who suffers it
-    where: planning | building | forward | backward | optimizer | point | half_file
+    where: planning | building | boundary (before a step) | forward | backward | optimizer | point
+        | half_file | nonfinite (that rank's gradient, for a step; `how` is not needed)
     step: optimizer step (1-based) or, in a save, the steps done
     point: name given to `checkpoints.reached`, for `where: point`
     how: kill | sleep | full, or names of signals the rank sends itself ("SIGTERM", "SIGINT SIGINT")
     seconds: for sleep
+    struck: a file to make when it happens (optional)
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ POINTS_OF_ALL = ("before_write", "after_write", "after_hash", "committed")
 def strike(fault: dict[str, Any]) -> None:
     """Carry the fault out on this very process."""
     how = fault["how"]
+    if "struck" in fault:
+        Path(fault["struck"]).touch()
     if how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif how == "sleep":
@@ -46,7 +50,7 @@ def install(fault: dict[str, Any] | None, rank: int) -> None:
     """Prepare this process to suffer the fault; before training starts."""
     if fault is None or fault["rank"] != rank:
         return
-    if fault["where"] in ("forward", "backward", "optimizer"):
+    if fault["where"] in ("boundary", "forward", "backward", "optimizer", "nonfinite"):
         _in_step(fault)
     elif fault["where"] in ("planning", "building"):
         _before_training(fault)
@@ -77,12 +81,15 @@ def _in_step(fault: dict[str, Any]) -> None:
     from torch.nn.modules.module import register_module_forward_hook
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
+    from nmar_ds.training.engine import Engine
     from nmar_ds.training.loop import TrainingLoop
 
     now: dict[str, int | None] = {"step": None}
     original = TrainingLoop.forward_backward
 
     def forward_backward(self: Any, step: int, **kwargs: Any) -> Any:
+        if fault["where"] == "boundary" and fault["step"] == step + 1:
+            strike(fault)
         now["step"] = step + 1  # nor the canary nor an evaluation is a step
         try:
             return original(self, step, **kwargs)
@@ -103,9 +110,16 @@ def _in_step(fault: dict[str, Any]) -> None:
         if now["step"] == fault["step"]:
             strike(fault)  # a first group of weights has moved, the others have not
 
+    backward = Engine.backward
+
+    def backward_of_nan(self: Any, loss: Any) -> None:
+        backward(self, loss * float("nan") if now["step"] == fault["step"] else loss)
+
     if fault["where"] == "optimizer":
         register_optimizer_step_post_hook(after_optimizer)
-    else:
+    elif fault["where"] == "nonfinite":
+        Engine.backward = backward_of_nan  # type: ignore[method-assign]
+    elif fault["where"] != "boundary":
         register_module_forward_hook(after_module)
 
 
