@@ -43,7 +43,7 @@ class Goal:
         what: is promised.
         count: of cases that must pass.
         tests: pytest node ids.
-        script: arguments of Python instead; `--output FILE` is added, FILE then holds `passed`, `of`.
+        script: arguments of Python instead; `--output FILE` is added, FILE then has `passed`, `of`.
         result: a JSON file that another command (`command`) writes; holds a `tally` or the counts.
         command: for readers, where it is not simply pytest.
         seed: that decides the cases, as far as they are drawn.
@@ -122,8 +122,8 @@ GOALS = (
     ),
     Goal(
         name="G10", count=8, seed="fixed",
-        what="NaN and Inf on either rank, one and four in a row: counted, aborted at three, weights "
-        "finite, the last checkpoint loads",
+        what="NaN and Inf on either rank, one and four in a row: counted, aborted at three, "
+        "weights finite, the last checkpoint loads",
         tests=("tests/faults/test_nonfinite.py",),
     ),
     Goal(
@@ -134,8 +134,8 @@ GOALS = (
     ),
     Goal(
         name="G12", count=200, grows=True, seed="every key",
-        what="every key of every file in configs/, misspelt in six ways: refused with the right one "
-        "suggested",
+        what="every key of every file in configs/, misspelt in six ways: refused with the right "
+        "one suggested",
         tests=("tests/unit/test_misspelt_keys.py",),
     ),
     Goal(
@@ -266,7 +266,7 @@ def render(rows: dict[str, dict[str, Any]]) -> str:
     """The table, in order of the goals; one that was never run says so."""
     lines = [
         "# Reliability, counted", "",
-        "Written by `make reliability`; every case is a test or a line of a script's own table.", "",
+        "Written by `make reliability`; every case is a test or a line of a script's table.", "",
         "| goal | what | passed | seed | command | seconds | date, commit |",
         "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
@@ -309,7 +309,8 @@ def chosen(only: str | None) -> list[Goal]:
 
 def main() -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
     parser.add_argument("--only", metavar="G1,G3", help="these goals alone")
     parser.add_argument("--list", action="store_true", help="say what there is, and stop")
     options = parser.parse_args()

@@ -49,12 +49,12 @@ def misspelt(text: str, line: int, name: str, wrong: str) -> str:
 
 def refusal(path: Path) -> str:
     """What is said of a file, up to and with the model's own configuration keys."""
-    from nmar_ds.model.loading import _config_from_keys
+    from nmar_ds.model.loading import config_of_keys
 
     try:
         section = load_config(path).model
         if section.config is not None:
-            _config_from_keys(section, vocab_size=40, ids={})
+            config_of_keys(section, vocab_size=40, ids={})
     except ConfigError as error:
         return str(error)
     return ""
