@@ -282,7 +282,7 @@ class TrainingSection(Section):
     steps: PositiveInt | None = None
     """Optimizer steps; give this or `epochs`."""
     global_batch_rows: PositiveInt
-    """Packed rows per optimizer step over all ranks: fixed, whatever the number of ranks."""
+    """Packed rows per optimizer step over all ranks, however many; empty rows fill up the rest."""
     micro_batch_rows: PositiveInt = 1
     """Rows per rank and forward; accumulation follows from it and the number of ranks."""
     world_size: PositiveInt | None = None
@@ -378,19 +378,19 @@ class RunConfig(Section):
         return value
 
     def accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches per rank and optimizer step.
+        """Micro-batches per rank and optimizer step, filled up with empty rows where need be.
 
         Raises:
-            ConfigError: the global batch does not divide among the ranks.
+            ConfigError: some ranks would never be given a row.
         """
-        rows = self.training.micro_batch_rows * world_size
-        if self.training.global_batch_rows % rows != 0:
+        rows, each = self.training.global_batch_rows, self.training.micro_batch_rows
+        most = -(-rows // each)
+        if world_size > most:
             raise ConfigError(
-                f"training.global_batch_rows: {self.training.global_batch_rows} rows do not divide "
-                f"among {world_size} ranks x {self.training.micro_batch_rows} micro_batch_rows, "
-                f"expected a multiple of {rows}"
+                f"training.global_batch_rows: {rows} rows do not reach {world_size} ranks x {each} "
+                f"micro_batch_rows, expected at most {most} ranks"
             )
-        return self.training.global_batch_rows // rows
+        return -(-rows // (each * world_size))
 
 
 def deepspeed_config(config: RunConfig, *, world_size: int) -> dict[str, Any]:

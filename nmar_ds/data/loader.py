@@ -3,8 +3,8 @@
 *Order* is the set of rows of each optimizer step. It depends on the plan, the seed and the epoch
 only, never on the number of ranks (SPEC section 6): a step takes the next `global_batch_rows`
 rows of the epoch's permutation, and ranks and micro-batches merely share them out. The last step
-of an epoch is filled up with empty rows that carry no weight, so every rank always runs the same
-number of micro-batches.
+of an epoch is filled up with empty rows that carry no weight, and so is every step whose rows do
+not divide among the ranks: every rank always runs the same number of micro-batches.
 
 The whole state is a cursor: the number of steps taken. Resuming is arithmetic, not replay.
 """
@@ -14,6 +14,7 @@ The whole state is a cursor: the number of steps taken. Resuming is arithmetic, 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -159,7 +160,7 @@ class RowLoader:
         world_size: int,
         pad_id: int,
     ) -> None:
-        assert global_batch_rows % (micro_batch_rows * world_size) == 0, "checked by RunConfig"
+        assert -(-global_batch_rows // micro_batch_rows) >= world_size, "checked by RunConfig"
         self.source = source
         self.plan = plan
         self.seed = seed
@@ -168,7 +169,7 @@ class RowLoader:
         self.rank = rank
         self.world_size = world_size
         self.pad_id = pad_id
-        self.accumulation_steps = global_batch_rows // (micro_batch_rows * world_size)
+        self.accumulation_steps = -(-global_batch_rows // (micro_batch_rows * world_size))
         self.steps_per_epoch = -(-plan.num_rows // global_batch_rows)
         self._row_counts = plan.row_sums(role_counts)
         self._row_traces = np.diff(plan.row_offsets)
@@ -198,10 +199,11 @@ class RowLoader:
 
     def batches_of_step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step, always `accumulation_steps` of them."""
-        rows = self.rows_of_step(step).reshape(
-            self.accumulation_steps, self.world_size, self.micro_batch_rows
-        )
-        return [self.batch(rows[micro, self.rank]) for micro in range(self.accumulation_steps)]
+        shape = (self.accumulation_steps, self.world_size, self.micro_batch_rows)
+        rows = np.full(math.prod(shape), FILLER_ROW, dtype=np.int64)
+        rows[: self.global_batch_rows] = self.rows_of_step(step)
+        mine = rows.reshape(shape)[:, self.rank]
+        return [self.batch(mine[micro]) for micro in range(self.accumulation_steps)]
 
     def batch(self, rows: npt.NDArray[np.int64]) -> Batch:
         """Materialise the given rows (FILLER_ROW gives an empty one)."""

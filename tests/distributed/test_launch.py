@@ -343,8 +343,7 @@ def test_a_pretrained_folder_with_a_start_and_an_objective_of_its_own(prepared: 
     [
         (["--config", "nowhere.yaml"], "nowhere.yaml: no such configuration file"),
         (["--config", "{config}", "optimizer.learning_rat=1"], "did you mean 'learning_rate'?"),
-        (["--config", "{config}", "training.global_batch_rows=3", "training.micro_batch_rows=2"],
-         "training.global_batch_rows: 3 rows do not divide"),
+        (["--config", "{config}", "training.world_size=2"], "2 ranks are asked for, 1 started"),
         (["--config", "{config}", "data.store=nowhere"], "nowhere/train"),
         (["--config", "{config}", "data.traces.per_record=3"], "data.traces.per_record"),
         (["--config", "{config}", "model={path: nowhere}"], "model.path: nowhere: no such folder"),

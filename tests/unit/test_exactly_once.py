@@ -84,8 +84,8 @@ class Script:
     def attempt(self, reached: Callable[[Callable[[str], None]], None]) -> bool:
         """One start with ranks of its own; returns whether the run is complete."""
         draw = self.draw
-        world_size, micro = int(draw.choice([1, 2, 3, 4, 6])), int(draw.choice([1, 2]))
-        micro = micro if self.batch % (micro * world_size) == 0 else 1
+        world_size, micro = int(draw.integers(1, 8)), int(draw.choice([1, 2, 5]))
+        micro = micro if -(-self.batch // micro) >= world_size else 1
         loaders = [self.loader(rank, world_size, micro) for rank in range(world_size)]
         attempt = Attempt(world_size)
         self.attempts.append(attempt)

@@ -202,6 +202,7 @@ def members(batches: list[Batch]) -> list[int]:
 
 
 SHARES = [(1, 1), (1, 2), (1, 8), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (8, 1)]
+SHARES += [(3, 1), (3, 2), (5, 1), (7, 1), (2, 3), (1, 5), (1, 16)]  # filled up with empty rows
 
 
 def test_the_rows_of_a_step_are_the_same_however_they_are_shared_out() -> None:
@@ -219,7 +220,7 @@ def test_the_rows_of_a_step_are_the_same_however_they_are_shared_out() -> None:
                 one = loader(rank=rank, world=world, micro=micro)
                 assert np.array_equal(one.rows_of_step(step), rows)
                 batches = one.batches_of_step(step)
-                assert len(batches) == one.accumulation_steps == 8 // (world * micro)
+                assert len(batches) == one.accumulation_steps == -(-8 // (world * micro))
                 assert all(batch.input_ids.shape == (micro, 16) for batch in batches)
                 got += members(batches)
             assert sorted(got) == expected  # each once, on one rank
@@ -321,9 +322,16 @@ def test_no_rank_ever_runs_out_before_another(num_rows: int) -> None:
         assert sorted(seen) == list(range(num_rows))
 
 
-def test_a_batch_that_does_not_divide_is_a_programmers_error() -> None:
-    with pytest.raises(AssertionError, match="RunConfig"):
-        loader(world=3, total=8)
+def test_a_rank_that_never_has_a_row_is_a_programmers_error() -> None:
+    for world, micro in ((9, 1), (5, 2), (2, 8)):
+        with pytest.raises(AssertionError, match="RunConfig"):
+            loader(world=world, micro=micro, total=8)
+
+
+def test_rows_that_do_not_divide_are_filled_up_at_the_end() -> None:
+    shares = [[b.num_tokens > 0 for b in loader(rank=r, world=3).batches_of_step(0)]
+              for r in range(3)]  # fmt: skip
+    assert shares == [[True, True, True], [True, True, True], [True, True, False]]
 
 
 def test_the_first_token_of_a_trace_never_counts_whatever_its_role() -> None:
