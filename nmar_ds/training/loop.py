@@ -173,7 +173,7 @@ class TrainingLoop:
             if at_end or stop or (self.save_every and done % self.save_every == 0):
                 self.save(done)
             if stop and not at_end:
-                self.monitor.say(f"stopped by a signal after step {done}; saved")
+                self.monitor.say(f"stopped after step {done}; saved")
                 return False
         return True
 

@@ -1,11 +1,18 @@
-"""How the latest attempt ended, in one line for the script that started it. No torch here."""
+"""How the latest attempt ended, in one line for people and for the script that started it.
+
+Its first word is one of ENDS. Whoever fails first says why: a rank that only lost its connection to
+that one comes later, and changes nothing. No torch here.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+from nmar_ds.errors import DivergenceError, HangError, NmarError
+
 OUTCOME = "outcome"
+ENDS = ("complete", "interrupted", "stopped", "diverged", "hang", "refused", "failed")
 
 
 def write(output: Path, line: str) -> None:
@@ -16,6 +23,27 @@ def write(output: Path, line: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     aside.replace(output / OUTCOME)
+
+
+def leave(output: Path, line: str) -> None:
+    """Say why this attempt failed, unless somebody has said so already."""
+    try:
+        with (output / OUTCOME).open("x", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError:  # it is there, or the disk is what failed: the error itself goes to the log
+        pass
+
+
+def of_error(error: Exception) -> str:
+    """The line for an attempt that an error ended."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, DivergenceError):
+        return f"diverged: {text}"
+    if isinstance(error, HangError):
+        return f"hang: {text}"
+    if not isinstance(error, NmarError):
+        return f"failed: {type(error).__name__}: {text}"
+    return f"{'failed' if error.exit_code == 1 else 'refused'}: {text}"
 
 
 def clear(output: Path) -> None:

@@ -39,7 +39,14 @@ from nmar_ds.training.nodes import check_same_everywhere, check_shared_folder
 from nmar_ds.training.planning import RunPlan
 from nmar_ds.training.ranks import Ranks
 from nmar_ds.training.run_folder import RunLock, check_space, checkpoint_bytes
-from nmar_ds.training.stopping import Launcher, StopSignal, stop_reason, told_to_stop
+from nmar_ds.training.stopping import (
+    STOP_FILE,
+    Launcher,
+    StopSignal,
+    refuse_stopped,
+    stop_reason,
+    told_to_stop,
+)
 
 
 def run_training(config: RunConfig, plan: RunPlan, ranks: Ranks, launcher: Launcher) -> bool:
@@ -52,11 +59,17 @@ def run_training(config: RunConfig, plan: RunPlan, ranks: Ranks, launcher: Launc
         NmarError: anything a user can mend, the same on all ranks.
     """
     start_process_group(ranks, timeout_seconds=config.training.timeout_seconds)
-    stop = StopSignal(launcher)
-    lock = RunLock(Path(config.output))
+    output = Path(config.output)
+    # One rank looks for the kill switch: a thousand would ask the file server every second.
+    stop = StopSignal(launcher, output / STOP_FILE if ranks.rank == 0 else None)
+    lock = RunLock(output)
     try:
         with naming_lost_peers():
             return _run(config, plan, ranks, stop, lock)
+    except Exception as error:
+        if lock.held:  # else the folder is another job's
+            outcome.leave(output, outcome.of_error(error))
+        raise
     finally:
         close_process_group()
         lock.release()
@@ -69,12 +82,15 @@ def _run(config: RunConfig, plan: RunPlan, ranks: Ranks, stop: StopSignal, lock:
     if ranks.world_size > ranks.local_world_size:
         check_shared_folder(output, peers)
     _take_folder(lock, peers)
+    with peers.share_errors():
+        if peers.rank == 0:
+            outcome.clear(output)
+            refuse_stopped(output)
     found = _find_checkpoint(config, plan, peers, output / "checkpoints")
     first_step = found.step if found else 0
     with peers.share_errors():
         if peers.rank == 0:
             attempts.begin(output, first_step, os.environ)
-            outcome.clear(output)
     complete = _attempt(config, plan, ranks, stop=stop, peers=peers, found=found)
     with peers.share_errors():
         if peers.rank == 0:
@@ -87,7 +103,8 @@ def _run(config: RunConfig, plan: RunPlan, ranks: Ranks, stop: StopSignal, lock:
             if peers.rank == 0:
                 latest = output / "checkpoints" / "latest"  # saved a moment ago, or nothing new
                 step = int(latest.read_text().removeprefix("step-")) if latest.exists() else 0
-                outcome.write(output, f"interrupted step {step}: {reason}")
+                end = "stopped" if reason == STOP_FILE else "interrupted"
+                outcome.write(output, f"{end} step {step}: {reason}")
     return complete
 
 

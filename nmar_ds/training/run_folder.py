@@ -42,6 +42,7 @@ class RunLock:
     def __init__(self, output: Path) -> None:
         self.path = output / LOCK
         self._file: IO[str] | None = None
+        self._held = False
 
     def claim(self) -> str | None:
         """Rank 0: take the folder for this job.
@@ -65,12 +66,14 @@ class RunLock:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # every byte there could be
         except OSError as error:
             if error.errno in _NO_LOCKS:
+                self._held = True
                 return f"none: {about(error, self.path)}; nothing keeps a second job out"
             raise LockedError(
                 f"{self.path.parent}: is in use by {self._holder()}; wait for it, stop it, or "
                 "choose another `output`"
             ) from None
         fcntl.lockf(self._file, fcntl.LOCK_UN, 0, 1)  # the other ranks' bytes are theirs
+        self._held = True
         self._describe()
         return None
 
@@ -82,6 +85,12 @@ class RunLock:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise FolderError(about(error, self.path)) from None
+        self._held = True
+
+    @property
+    def held(self) -> bool:
+        """Whether this rank has its share, or may go on without where nothing can be locked."""
+        return self._held
 
     def release(self) -> None:
         """Give this rank's share back."""

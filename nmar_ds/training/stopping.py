@@ -1,10 +1,13 @@
-"""What makes a run stop and save: a signal to any rank, or the death of its launcher.
+"""What makes a run stop and save: a signal to any rank, the death of its launcher, a STOP file.
 
 DeepSpeed's launcher runs `deepspeed` -> `deepspeed.launcher.launch` -> ranks. TERM, USR1 or KILL to
 the first, USR1 or KILL to the second leave the ranks running with nobody to stop or await them, and
 holding the run folder. So a rank that started below them takes the end of either as a request to
 stop. The same holds for torchrun's agent. Other parents (a shell, srun, mpirun) are not watched:
 they end ranks themselves, or are meant to be left (`nohup`, `setsid`).
+
+The kill switch is a file named STOP in the run folder. It stays where it is: no start goes on, a
+requeued job's neither, until a person has removed it.
 """
 
 from __future__ import annotations
@@ -17,6 +20,9 @@ from typing import Any, Protocol
 
 import psutil
 
+from nmar_ds.errors import FolderError
+
+STOP_FILE = "STOP"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 LAUNCHER_MODULES = ("deepspeed.launcher.launch", "deepspeed.launcher.runner",
                     "torch.distributed.run", "torch.distributed.launch")  # fmt: skip
@@ -83,12 +89,18 @@ class StopSignal:
     Args:
         launcher: looked up at the very start of the process: a launcher that is gone by the time
             the ranks have met has to be missed too.
+        stop_file: the kill switch, for the one rank that looks for it; None for the others.
         clock: seconds, monotonic.
     """
 
-    def __init__(self, launcher: Launcher, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        launcher: Launcher,
+        stop_file: Path | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.reason: str | None = None
-        self._launcher = launcher
+        self._launcher, self._stop_file = launcher, stop_file
         self._clock, self._last_look = clock, -SECONDS_BETWEEN_LOOKS
         for number in STOP_SIGNALS:
             # `nohup` starts a run with HUP ignored, and means it.
@@ -99,14 +111,35 @@ class StopSignal:
         self.reason = self.reason or f"a signal ({signal.Signals(number).name})"
 
     def __call__(self) -> bool:
-        """Whether a signal has come or the launcher has gone."""
+        """Whether a signal or the kill switch has come, or the launcher has gone."""
         now = self._clock()
-        if self.reason is None and now - self._last_look >= SECONDS_BETWEEN_LOOKS:
+        if now - self._last_look >= SECONDS_BETWEEN_LOOKS:
             self._last_look = now
+            return self.look()
+        return self.reason is not None
+
+    def look(self) -> bool:
+        """The same, and not an answer of up to a second ago."""
+        if self.reason is None:
             lost = self._launcher.lost()
-            if lost is not None:
+            if self._stop_file is not None and self._stop_file.exists():
+                self.reason = STOP_FILE
+            elif lost is not None:
                 self.reason = f"the end of {lost}"
         return self.reason is not None
+
+
+def refuse_stopped(output: Path) -> None:
+    """At a start: a kill switch that nobody has taken back.
+
+    Raises:
+        FolderError: there is a STOP file.
+    """
+    if (output / STOP_FILE).exists():
+        raise FolderError(
+            f"{output / STOP_FILE}: the kill switch is set, expected no such file; remove it to "
+            "train on"
+        )
 
 
 def end_at_once_on_interrupt() -> None:
@@ -116,14 +149,16 @@ def end_at_once_on_interrupt() -> None:
 
 
 def stop_reason(stop: StopSignal, peers: Gathers) -> str:
-    """What the first rank that was told to stop was told by. Collective."""
+    """What the first rank that was told to stop was told by; a STOP file goes first. Collective."""
     reasons = peers.gather(stop.reason)
+    if STOP_FILE in reasons:  # else the job would be requeued for a signal of the same moment
+        return STOP_FILE
     return next(f"{why} on rank {rank}" for rank, why in enumerate(reasons) if why is not None)
 
 
 def told_to_stop(stop: StopSignal, peers: Gathers, first_step: int) -> bool:
     """Whether any rank was, before its first step: there is nothing new to save. Collective."""
-    if not any(peers.gather(stop())):
+    if not any(peers.gather(stop.look())):
         return False
     reason = stop_reason(stop, peers)
     if peers.rank == 0:

@@ -178,7 +178,7 @@ def test_a_run_stopped_by_a_signal_resumes_bit_exactly(
             break
     said += finish(process)
     assert process.returncode == 0, said
-    stopped_at = int(re.search(r"stopped by a signal after step (\d+)", said).group(1))  # type: ignore[union-attr]
+    stopped_at = int(re.search(r"stopped after step (\d+)", said).group(1))  # type: ignore[union-attr]
     assert 4 <= stopped_at < STEPS
     again = launch(prepared, f"output={output_folder}")
     output = finish(again)

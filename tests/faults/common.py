@@ -208,7 +208,7 @@ def signal_and_save(
         said = launched.said()
     finally:
         launched.clean_up()
-    stopped = re.findall(r"stopped by a signal after step (\d+); saved", said)
+    stopped = re.findall(r"stopped after step (\d+); saved", said)
     # The deepspeed command itself answers INT with a traceback; no rank may.
     assert len(stopped) == 1 and "error: " not in said and 'train.py", line' not in said, said
     assert newest_step(run) == int(stopped[0]) >= 20

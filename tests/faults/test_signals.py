@@ -68,7 +68,7 @@ def test_a_signal_during_a_save(
     fault = {"where": "point", "point": point, "step": 4, "rank": rank, "how": "SIGTERM"}
     stopped = server.run(f"output={run}", fault=fault)
     assert stopped["codes"] == [0, 0], stopped
-    assert "stopped by a signal after step 5; saved" in stopped["outputs"][0]
+    assert "stopped after step 5; saved" in stopped["outputs"][0]
     assert newest_step(run) == 5
     assert server.run(f"output={run}")["codes"] == [0, 0]
     assert_finished_as(run, prepared.digest)

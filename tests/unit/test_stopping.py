@@ -15,7 +15,15 @@ import pytest
 from nmar_ds.errors import FolderError, LockedError
 from nmar_ds.training import run_folder, stopping
 from nmar_ds.training.run_folder import LOCK, RunLock, check_space, checkpoint_bytes
-from nmar_ds.training.stopping import STOP_SIGNALS, Launcher, StopSignal, is_launcher
+from nmar_ds.training.stopping import (
+    STOP_FILE,
+    STOP_SIGNALS,
+    Launcher,
+    StopSignal,
+    is_launcher,
+    refuse_stopped,
+    stop_reason,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -149,6 +157,43 @@ def test_ancestors_are_looked_at_once_a_second(monkeypatch: pytest.MonkeyPatch) 
     assert 4 <= len(looks) <= 6 and stopping.SECONDS_BETWEEN_LOOKS == 1.0
 
 
+class Reasons:
+    """Peers that were told to stop by these."""
+
+    rank = 0
+
+    def __init__(self, *others: str | None) -> None:
+        self.others = others
+
+    def gather(self, value: str | None) -> list[str | None]:
+        return [value, *self.others]
+
+
+def test_the_kill_switch_is_seen_within_a_second_and_goes_before_signals(tmp_path: Path) -> None:
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    now = [100.0]
+    try:
+        looking, other = (
+            StopSignal(Launcher(), file, clock=lambda: now[0])
+            for file in (tmp_path / STOP_FILE, None)
+        )
+        refuse_stopped(tmp_path)
+        assert not looking()
+        (tmp_path / STOP_FILE).touch()
+        assert not looking()  # the last look was in this very second
+        now[0] += 1.0
+        assert looking() and looking.reason == STOP_FILE
+        assert not other()  # one rank looks; all obey
+        assert stop_reason(other, Reasons("a signal (SIGTERM)", STOP_FILE)) == STOP_FILE
+        assert stop_reason(other, Reasons("a signal (SIGTERM)")) == "a signal (SIGTERM) on rank 1"
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    with pytest.raises(FolderError, match=r"STOP: the kill switch is set.*remove it"):
+        refuse_stopped(tmp_path)
+    assert (tmp_path / STOP_FILE).exists()
+
+
 # -- the lock --------------------------------------------------------------------------------
 
 HOLDER = """
@@ -194,7 +239,7 @@ def test_a_second_job_is_refused_by_name_and_writes_nothing(tmp_path: Path) -> N
     finally:
         holder.kill()
     lock = RunLock(tmp_path)  # killed with -9: nothing stale stands in the way
-    assert lock.claim() is None
+    assert not lock.held and lock.claim() is None and lock.held
     assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
     lock.release()
 
