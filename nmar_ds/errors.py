@@ -21,6 +21,12 @@ class NmarError(Exception):
     exit_code = 2
 
 
+def shared(error: NmarError) -> NmarError:
+    """Mark an error that every rank raises at the same place; to be raised."""
+    error.shared = True
+    return error
+
+
 class ConfigError(NmarError):
     """A configuration file or override that cannot be used; names the key and the value."""
 

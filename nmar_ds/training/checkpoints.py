@@ -6,70 +6,41 @@ is still the newest valid one until the rename is on disk:
     ranks write step-N.partial/ -> each rank syncs and hashes its files -> barrier -> manifest.json
     (rank 0) -> rename to step-N/ -> `latest` -> barrier -> retention
 
-`latest` is a hint for people. Discovery walks the folders themselves, newest first, and takes
-the first whose manifest, file list, sizes and checksums all hold: one flipped bit loads silently
-in torch's and safetensors' formats, so a checksum is not optional. DeepSpeed alone may write
-`latest` before the other ranks' files exist.
+`latest` is a hint for people; what counts as a checkpoint is decided in `verifying`. DeepSpeed
+alone may write `latest` before the other ranks' files exist.
 
 Nothing here imports torch: what ranks tell each other goes through `Peers`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from nmar_ds.errors import CheckpointError, SaveError
+from nmar_ds.errors import CheckpointError, SaveError, shared
 from nmar_ds.files import about, sha256_file, sync
+from nmar_ds.training.verifying import (
+    FORMAT_VERSION,
+    MANIFEST,
+    Found,
+    Peers,
+    check_same_run,
+    find_newest,
+    folder_name,
+    seal,
+    step_folders,
+    verify,
+)
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
+__all__ = [
+    "FORMAT_VERSION", "LATEST", "MANIFEST", "Found", "Peers", "check_same_run", "find_newest",
+    "folder_name", "publish", "retain", "seal", "step_folders", "verify", "write_atomically",
+]  # fmt: skip
 LATEST = "latest"
-STEP_FOLDER = re.compile(r"step-(\d{8})")
-_UNSEALED = "0" * 64
-
-
-class Peers(Protocol):
-    """What the ranks of a run can tell each other."""
-
-    rank: int
-    world_size: int
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, on every rank, in order of rank; waits for all."""
-
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
-    """A verified checkpoint.
-
-    Attributes:
-        folder: of the checkpoint.
-        manifest: its parsed manifest.
-    """
-
-    folder: Path
-    manifest: dict[str, Any]
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps done when it was saved."""
-        return int(self.manifest["step"])
-
-
-def folder_name(step: int) -> str:
-    """Name of the checkpoint after `step` optimizer steps."""
-    return f"step-{step:08d}"
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -136,9 +107,7 @@ def publish(
             shutil.rmtree(partial, ignore_errors=True)
     problem = peers.broadcast(problem)
     if problem is not None:
-        error = SaveError(problem)
-        error.shared = True
-        raise error
+        raise shared(SaveError(problem))
     reached("committed")
     if peers.rank == 0:
         retain(folder, keep=keep)
@@ -199,7 +168,7 @@ def _commit(
             return f"{partial}: {sorted(found ^ set(files))} appeared or vanished during the save"
         reached("before_manifest")
         manifest = {"format_version": FORMAT_VERSION, "step": step, **facts, "files": files}
-        write_atomically(partial / MANIFEST, _seal(manifest))
+        write_atomically(partial / MANIFEST, seal(manifest))
         reached("after_manifest")
         if final.exists():
             # Only a damaged one can stand here: a valid one would have been resumed from.
@@ -215,103 +184,11 @@ def _commit(
     return None
 
 
-def _seal(manifest: dict[str, Any]) -> str:
-    """The manifest as text that holds its own sha256, taken with zeros in the digest's place."""
-    text = json.dumps({**manifest, "manifest_sha256": _UNSEALED}, indent=1, sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return text.replace(f'"manifest_sha256": "{_UNSEALED}"', f'"manifest_sha256": "{digest}"')
-
-
 def _free_name(path: Path) -> Path:
     number = 0
     while (candidate := path.with_name(f"{path.name}-{number}")).exists():
         number += 1
     return candidate
-
-
-def verify(folder: Path, *, checksums: bool = True) -> dict[str, Any]:
-    """Check a checkpoint folder and return its manifest.
-
-    Args:
-        folder: a published checkpoint.
-        checksums: read every file; without, names and sizes only.
-
-    Raises:
-        CheckpointError: names the file and what is wrong with it.
-    """
-    try:
-        return _verify(folder, checksums=checksums)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be read: {error}") from None
-
-
-def _verify(folder: Path, *, checksums: bool) -> dict[str, Any]:
-    path = folder / MANIFEST
-    if folder.is_symlink() or path.is_symlink():
-        raise CheckpointError(f"{path}: is reached through a link, expected a plain file")
-    try:
-        text = path.read_bytes().decode("utf-8")
-        manifest = json.loads(text)
-        digest = manifest["manifest_sha256"]
-        unsealed = text.replace(digest, _UNSEALED).encode()
-        version, files, step = manifest["format_version"], manifest["files"], manifest["step"]
-        entries = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: is missing") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is damaged: {error!r}") from None
-    if hashlib.sha256(unsealed).hexdigest() != digest:
-        raise CheckpointError(f"{path}: its text differs from the sha256 it holds")
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: format_version is {version!r}, expected {FORMAT_VERSION}")
-    if type(step) is not int or folder.name != folder_name(step):
-        raise CheckpointError(f"{path}: is of step {step!r}, but the folder is {folder.name}")
-    if not entries:
-        raise CheckpointError(f"{path}: lists no files")
-    present = {item.name for item in folder.iterdir()} - {MANIFEST}
-    for name in sorted(present ^ set(entries)):
-        what = "is not in the manifest" if name in present else "is missing"
-        raise CheckpointError(f"{folder}: {name} {what}")
-    for name, (size, digest) in entries.items():
-        file = folder / name
-        if file.is_symlink() or not file.is_file():
-            raise CheckpointError(f"{file}: is not a plain file")
-        if file.stat().st_size != size:
-            raise CheckpointError(f"{file}: has {file.stat().st_size} bytes, expected {size}")
-        if checksums and sha256_file(file) != digest:
-            raise CheckpointError(f"{file}: its sha256 differs from the manifest's")
-    result: dict[str, Any] = manifest
-    return result
-
-
-def step_folders(folder: Path) -> list[Path]:
-    """Published checkpoint folders, newest first, whether valid or not."""
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name)]
-    return sorted(found, key=lambda path: path.name, reverse=True)
-
-
-def find_newest(folder: Path, report: Callable[[str], None]) -> Found | None:
-    """The newest valid checkpoint; `report` is told about every newer one that is refused.
-
-    Raises:
-        CheckpointError: there are checkpoints, and none of them is valid. Starting afresh would
-            look like a resume, so it is left to the user.
-    """
-    refused = []
-    for candidate in step_folders(folder):
-        try:
-            return Found(folder=candidate, manifest=verify(candidate))
-        except CheckpointError as error:
-            refused.append(str(error))
-            report(f"refused {candidate.name}: {error}")
-    if refused:
-        raise CheckpointError(
-            f"{folder}: none of its {len(refused)} checkpoints is valid; the newest: {refused[0]}; "
-            "restore one, or move the folder away to start afresh"
-        )
-    return None
 
 
 def retain(folder: Path, *, keep: int) -> None:
@@ -329,26 +206,3 @@ def retain(folder: Path, *, keep: int) -> None:
         except CheckpointError:
             continue
         whole += 1
-
-
-def check_same_run(saved: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
-    """Refuse to continue a run with other data, tokenizer or settings.
-
-    Args:
-        saved: flat facts that decide what is trained, by dotted name, from the checkpoint.
-        current: the same of the run that is about to start.
-        folder: the checkpoint, for the message.
-
-    Raises:
-        CheckpointError: names each fact that differs, before and now.
-    """
-    differing = [
-        f"{name} was {saved.get(name)!r}, is {current.get(name)!r}"
-        for name in sorted(saved.keys() | current.keys())
-        if saved.get(name) != current.get(name)
-    ]
-    if differing:
-        raise CheckpointError(
-            f"{folder}: belongs to another run: {'; '.join(differing)}; restore these, or choose "
-            "another `output`"
-        )

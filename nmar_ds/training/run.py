@@ -356,29 +356,26 @@ def _build_engine(
 def _find_checkpoint(
     config: RunConfig, plan: RunPlan, peers: ProcessPeers, folder: Path
 ) -> checkpoints.Found | None:
-    """Rank 0 looks, verifies and decides; all obey."""
-    found = None
+    """The checkpoint to resume from, or None. All read it; rank 0 says whether it belongs here."""
+    found = checkpoints.find_newest(folder, lambda text: print(text, flush=True), peers)
     with peers.share_errors():
-        if peers.rank == 0:
-            found = checkpoints.find_newest(folder, report=lambda text: print(text, flush=True))
-            if found is not None:
-                if config.checkpoint.resume == "never":
-                    raise CheckpointError(
-                        f"{folder}: already holds checkpoints, and checkpoint.resume is never; "
-                        "choose another `output` or resume: auto"
-                    )
-                checkpoints.check_same_run(
-                    {**found.manifest["run"], "name": found.manifest["name"]},
-                    {**plan.facts, "name": config.name},
-                    found.folder,
+        if peers.rank == 0 and found is not None:
+            if config.checkpoint.resume == "never":
+                raise CheckpointError(
+                    f"{folder}: already holds checkpoints, and checkpoint.resume is never; "
+                    "choose another `output` or resume: auto"
                 )
-                if found.manifest["world_size"] != peers.world_size:
-                    raise CheckpointError(
-                        f"{found.folder}: was saved by {found.manifest['world_size']} ranks, and "
-                        f"{peers.world_size} were started; start as many"
-                    )
-    result: checkpoints.Found | None = peers.broadcast(found)
-    return result
+            checkpoints.check_same_run(
+                {**found.manifest["run"], "name": found.manifest["name"]},
+                {**plan.facts, "name": config.name},
+                found.folder,
+            )
+            if found.manifest["world_size"] != peers.world_size:
+                raise CheckpointError(
+                    f"{found.folder}: was saved by {found.manifest['world_size']} ranks, and "
+                    f"{peers.world_size} were started; start as many"
+                )
+    return found
 
 
 def _manifest_facts(config: RunConfig, plan: RunPlan, ranks: Ranks, model: Any) -> dict[str, Any]:

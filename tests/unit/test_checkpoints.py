@@ -6,17 +6,30 @@ import errno
 import json
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fake_ranks
 import numpy as np
 import pytest
+from fake_ranks import (
+    SMALL,
+    Alone,
+    Died,
+    Table,
+    ThreadPeers,
+    content,
+    files_of,
+    publish_together,
+    rank_of_thread,
+    saver,
+)
 
 from nmar_ds.errors import CheckpointError, SaveError
-from nmar_ds.training import checkpoints
+from nmar_ds.files import sha256_file
+from nmar_ds.training import checkpoints, verifying
 from nmar_ds.training.checkpoints import (
     LATEST,
     MANIFEST,
@@ -26,7 +39,6 @@ from nmar_ds.training.checkpoints import (
     folder_name,
     publish,
     retain,
-    sha256_file,
     step_folders,
     verify,
     write_atomically,
@@ -38,110 +50,6 @@ RANK_0_POINTS = [
 ]  # fmt: skip
 OWN_POINTS = ["before_write", "after_write", "after_hash"]
 RENAMED_POINTS = ["after_rename", "written_aside:latest", "after_latest", "committed", "retained"]
-SMALL = 200
-
-
-class Died(BaseException):
-    """Stands for kill -9: no handler of the code under test may see it."""
-
-
-class Alone:
-    rank, world_size = 0, 1
-
-    def barrier(self) -> None: ...
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
-
-    def broadcast(self, value: Any) -> Any:
-        return value
-
-
-class Table:
-    """What the peers of one run share: a real barrier, and a slot per rank."""
-
-    def __init__(self, world_size: int) -> None:
-        self.world_size = world_size
-        self.barrier = threading.Barrier(world_size, timeout=20)
-        self.slots: list[Any] = [None] * world_size
-
-
-class ThreadPeers:
-    def __init__(self, table: Table, rank: int) -> None:
-        self.table, self.rank, self.world_size = table, rank, table.world_size
-
-    def barrier(self) -> None:
-        try:
-            self.table.barrier.wait()
-        except threading.BrokenBarrierError:
-            raise Died("a peer is gone") from None
-
-    def gather(self, value: Any) -> list[Any]:
-        self.table.slots[self.rank] = json.loads(json.dumps(value))  # nothing shared by accident
-        self.barrier()
-        result = list(self.table.slots)
-        self.barrier()
-        return result
-
-    def broadcast(self, value: Any) -> Any:
-        return self.gather(value)[0]
-
-
-def rank_of_thread() -> int:
-    return int(threading.current_thread().name.removeprefix("rank"))
-
-
-def content(step: int, name: str) -> bytes:
-    return np.random.default_rng([step, *name.encode()]).bytes(SMALL)
-
-
-def files_of(rank: int) -> list[str]:
-    names = [
-        f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt",
-        f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt",
-    ]
-    return [*names, "mp_rank_00_shared.pt"] if rank == 0 else names
-
-
-def saver(step: int, rank: int) -> Callable[[Path, str], None]:
-    def save(folder: Path, tag: str) -> None:
-        (folder / tag).mkdir(exist_ok=True)
-        for name in files_of(rank):
-            (folder / tag / name).write_bytes(content(step, name))
-
-    return save
-
-
-Save = Callable[[int, int], Callable[[Path, str], None]]
-
-
-def publish_together(
-    folder: Path, step: int, *, world: int = 2, keep: int = 2, save: Save = saver
-) -> list[BaseException | None]:
-    """Publish as `world` ranks in threads; what each of them ended with."""
-    table = Table(world)
-    ends: list[BaseException | None] = [None] * world
-
-    def run(rank: int) -> None:
-        try:
-            publish(
-                save(step, rank), folder, step=step, facts={"run": {"seed": 1}, "cursor": step},
-                peers=ThreadPeers(table, rank), keep=keep,
-            )  # fmt: skip
-        except BaseException as error:
-            ends[rank] = error
-            if not isinstance(error, CheckpointError):  # that one is raised by all, in their time
-                table.barrier.abort()
-
-    threads = [
-        threading.Thread(target=run, args=(rank,), name=f"rank{rank}") for rank in range(world)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-        assert not thread.is_alive(), "a rank hangs"
-    return ends
 
 
 def publish_alone(folder: Path, step: int, keep: int = 2, **facts: Any) -> Path:
@@ -327,7 +235,7 @@ def test_a_peer_that_dies_while_rank_0_commits_does_no_harm(
 
     points(die)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(globals(), "ThreadPeers", Recorded)
+        patch.setattr(fake_ranks, "ThreadPeers", Recorded)
         ends = publish_together(tmp_path, 20)
     assert all(isinstance(end, Died) for end in ends)
     assert newest(tmp_path) == (20, [])
@@ -504,7 +412,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     manifest = json.loads(path.read_text())
     del manifest["manifest_sha256"]
     change(manifest)
-    path.write_text(checkpoints._seal(manifest))
+    path.write_text(checkpoints.seal(manifest))
 
 
 def test_sealing_again_is_what_publishing_wrote(two: Path) -> None:
@@ -626,14 +534,14 @@ def test_every_damage_is_refused_and_the_older_one_taken(damage: str, two: Path)
 
 
 def test_an_unreadable_disk_falls_back_too(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = checkpoints.sha256_file
+    real = verifying.sha256_file
 
     def fail(path: Path) -> str:
         if path.parent.name == "step-00000020":
             raise OSError(errno.EIO, "Input/output error")
         return real(path)
 
-    monkeypatch.setattr(checkpoints, "sha256_file", fail)
+    monkeypatch.setattr(verifying, "sha256_file", fail)
     assert "Input/output error" in refused(two)
 
 
