@@ -15,8 +15,9 @@ import pickle
 import re
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # DeepSpeed guesses the accelerator at its first import; without a GPU it must not guess.
 import torch
@@ -33,6 +34,9 @@ from nmar_ds.errors import (
 from nmar_ds.files import about, no_room
 from nmar_ds.training.nodes import choose_interface, meet
 from nmar_ds.training.ranks import Ranks, threads_per_rank
+
+if TYPE_CHECKING:
+    from nmar_ds.training.partitions import SavedPartitions
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -199,6 +203,19 @@ def make_optimizer(model: torch.nn.Module, section: OptimizerSection) -> torch.o
     return torch.optim.AdamW(groups, lr=section.learning_rate, betas=section.betas, eps=section.eps)
 
 
+@dataclass(frozen=True, slots=True)
+class Resliced:
+    """A rank's state out of a checkpoint of another number of ranks.
+
+    Attributes:
+        model: DeepSpeed's model file: buffers, counters, frozen parameters.
+        optimizer: DeepSpeed's optimizer state of this rank.
+    """
+
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+
+
 class Engine:
     """A model under ZeRO-3.
 
@@ -302,6 +319,42 @@ class Engine:
         assert path is not None, "the checkpoint was verified before"
         client: dict[str, Any] = state["nmar"]
         return client
+
+    def prepare_resliced(self, saved: SavedPartitions) -> Resliced:
+        """Read this rank's slices of a checkpoint of another number of ranks. Not collective.
+
+        The fp32 weights are overwritten at once; `take_resliced` makes the rest of them.
+
+        Raises:
+            CheckpointError: the checkpoint does not fit this model.
+        """
+        from nmar_ds.training import elastic
+
+        zero = self._engine.optimizer
+        zero.checkpoint_event_prologue()
+        names = self._engine.param_names
+        groups = [
+            elastic.SubGroup(
+                [(names[parameter], parameter.ds_numel) for parameter in parameters],
+                zero.fp32_partitioned_groups_flat[index],
+                zero.sub_group_to_group_id[index],
+            )
+            for index, parameters in enumerate(zero.fp16_groups)
+        ]
+        share = elastic.Share(self.rank, self.world_size)
+        model = saved.model_state()
+        if saved.frozen:
+            model["frozen_param_fragments"] = elastic.frozen_fragments(saved, share)
+        return Resliced(model, elastic.reslice(saved, groups, share))
+
+    def take_resliced(self, slices: Resliced) -> None:
+        """Go on from what `prepare_resliced` has read. Collective."""
+        self._engine.load_module_state_dict(slices.model)
+        # DeepSpeed asks a list of all ranks' states for this rank's alone.
+        self._engine.optimizer.load_state_dict({self.rank: slices.optimizer})
+        self._engine.optimizer.checkpoint_event_epilogue()
+        for counter in ("global_steps", "global_samples", "skipped_steps"):
+            setattr(self._engine, counter, slices.model[counter])
 
     def full_gradients(self) -> dict[str, torch.Tensor]:
         """Unclipped gradients by name, gathered; valid between the last backward and its step."""

@@ -23,7 +23,7 @@ from nmar_ds.model.canary import CanaryReport, run_canary
 from nmar_ds.model.loading import load_model, trainable_parameters
 from nmar_ds.model.training_model import UndoTrainingModel
 from nmar_ds.model.vocabulary import known_rows
-from nmar_ds.training import attempts, checkpoints, heldout, outcome
+from nmar_ds.training import attempts, checkpoints, elastic, heldout, outcome
 from nmar_ds.training.engine import (
     Engine,
     ProcessPeers,
@@ -36,6 +36,7 @@ from nmar_ds.training.engine import (
 from nmar_ds.training.loop import TrainingLoop, forward_arguments
 from nmar_ds.training.monitor import Monitor
 from nmar_ds.training.nodes import check_same_everywhere, check_shared_folder
+from nmar_ds.training.partitions import SavedPartitions
 from nmar_ds.training.planning import RunPlan
 from nmar_ds.training.ranks import Ranks
 from nmar_ds.training.run_folder import RunLock, check_space, checkpoint_bytes
@@ -130,8 +131,14 @@ def _attempt(
         engine, undo_row = _build_engine(config, plan, settings, peers)
     # Every rank draws the same numbers before this line; dropout and the like must differ after.
     torch.manual_seed(config.seed + 1 + ranks.rank)
-    if found:
+    origin = ""
+    if found and found.manifest["world_size"] == ranks.world_size:
         _restore(engine.load_from(found.folder.parent, found.folder.name))
+    elif found:
+        origin = f", saved by {found.manifest['world_size']} ranks and re-sliced for "
+        origin += f"{ranks.world_size}"
+        _reslice(engine, found, peers)
+        torch.manual_seed(elastic.seed_of(config.seed, first_step, ranks.rank, ranks.world_size))
     with peers.share_errors():
         if peers.rank == 0:
             _prepare_folder(output, config, plan, engine, fresh=found is None)
@@ -153,7 +160,7 @@ def _attempt(
             f"alone, loss = naive cross-entropy{notes}"
         )
         if found:
-            monitor.say(f"resumed   from {found.folder} after step {first_step}")
+            monitor.say(f"resumed   from {found.folder} after step {first_step}{origin}")
         if told_to_stop(stop, peers, first_step):
             return False
         loop = _make_loop(
@@ -231,6 +238,14 @@ def _loader_of(part: str, config: RunConfig, plan: RunPlan, ranks: Ranks) -> Row
         world_size=ranks.world_size,
         pad_id=store.manifest["tokenizer"]["eos_id"] if pad_id is None else pad_id,
     )
+
+
+def _reslice(engine: Engine, found: checkpoints.Found, peers: ProcessPeers) -> None:
+    """Load a checkpoint of another number of ranks. Collective."""
+    with peers.share_errors():
+        with SavedPartitions(found.folder, found.manifest) as saved:
+            slices = engine.prepare_resliced(saved)
+    engine.take_resliced(slices)
 
 
 def _make_loop(
@@ -370,11 +385,6 @@ def _find_checkpoint(
                 {**plan.facts, "name": config.name},
                 found.folder,
             )
-            if found.manifest["world_size"] != peers.world_size:
-                raise CheckpointError(
-                    f"{found.folder}: was saved by {found.manifest['world_size']} ranks, and "
-                    f"{peers.world_size} were started; start as many"
-                )
     return found
 
 
