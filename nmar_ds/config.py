@@ -310,10 +310,18 @@ class CheckpointSection(Section):
 
     every: PositiveInt | None = None
     """Steps between checkpoints; one is always published at the end and on a stop signal."""
-    keep: Annotated[int, Field(ge=2)] = 2
-    """Older ones are deleted once this many verified ones exist."""
+    keep: PositiveInt = 2
+    """At least 2. Older ones are deleted once this many newer ones are whole, and two of them were
+    read byte by byte by this run: read back after being written, or resumed from."""
     resume: Literal["auto", "never"] = "auto"
     """`auto`: continue from the newest valid checkpoint of the run folder, or start."""
+
+    @field_validator("keep")
+    @classmethod
+    def _one_is_none(cls, value: int) -> int:
+        if value < 2:
+            raise ValueError("leaves nothing to fall back on when the only one is damaged; use 2")
+        return value
 
 
 class ZeroSection(Section):

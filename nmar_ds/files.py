@@ -25,6 +25,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def drop_cached(path: Path) -> None:
+    """Let the kernel forget a synced file's bytes, so that the next reading is from the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
 def about(error: OSError, path: Path) -> str:
     """One line on an error of the operating system: the file it names, or `path`, and why."""
     where = error.filename if isinstance(error.filename, str | os.PathLike) else path

@@ -164,8 +164,9 @@ def _attempt(
         if told_to_stop(stop, peers, first_step):
             return False
         loop = _make_loop(
-            config, plan, ranks, engine, loader=loader, monitor=monitor, peers=peers, stop=stop
-        )
+            config, plan, ranks, engine, loader=loader, monitor=monitor, peers=peers, stop=stop,
+            verified={found.folder.name} if found else set(),
+        )  # fmt: skip
         complete = loop.run(first_step)
         if not complete:
             monitor.say(f"stopped by {stop_reason(stop, peers)}")
@@ -258,6 +259,7 @@ def _make_loop(
     monitor: Monitor,
     peers: ProcessPeers,
     stop: StopSignal,
+    verified: set[str],
 ) -> TrainingLoop:
     """The loop, given its ways to save and to measure."""
     heldout_loader = _loader_of("heldout", config, plan, ranks)
@@ -273,6 +275,7 @@ def _make_loop(
             facts=_manifest_facts(config, plan, ranks, engine.module),
             peers=peers,
             keep=config.checkpoint.keep,
+            verified=verified,
         )
 
     def measure_heldout() -> dict[str, float]:

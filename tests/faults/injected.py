@@ -26,7 +26,7 @@ RANK_0_POINTS = (
     "cleared", "before_manifest", "written_aside:manifest.json", "after_manifest", "after_rename",
     "written_aside:latest", "after_latest", "unmarked", "retained",
 )  # fmt: skip
-POINTS_OF_ALL = ("before_write", "after_write", "after_hash", "committed")
+POINTS_OF_ALL = ("before_write", "after_write", "after_hash", "read_back", "committed")
 
 
 def strike(fault: dict[str, Any]) -> None:

@@ -133,14 +133,24 @@ Save = Callable[[int, int], Callable[[Path, str], None]]
 
 
 def publish_together(
-    folder: Path, step: int, *, world: int = 2, keep: int = 2, save: Save = saver
+    folder: Path,
+    step: int,
+    *,
+    world: int = 2,
+    keep: int = 2,
+    save: Save = saver,
+    verified: set[str] | None = None,
 ) -> list[BaseException | None]:
-    """Publish as `world` ranks in threads; what each of them ended with."""
+    """Publish as `world` ranks in threads; what each of them ended with.
+
+    `verified` is rank 0's; without, the ranks are those of a run that has read nothing so far.
+    """
 
     def work(peers: ThreadPeers) -> None:
         publish(
             save(step, peers.rank), folder, step=step, facts={"run": {"seed": 1}, "cursor": step},
             peers=peers, keep=keep,
+            verified=set() if verified is None or peers.rank else verified,
         )  # fmt: skip
 
     return run_ranks(world, work)

@@ -48,12 +48,17 @@ RANK_0_POINTS = [
     "before_manifest", "written_aside:manifest.json", "after_manifest", "after_rename",
     "written_aside:latest", "after_latest",
 ]  # fmt: skip
-OWN_POINTS = ["before_write", "after_write", "after_hash"]
+OWN_POINTS = ["before_write", "after_write", "after_hash", "read_back"]
 RENAMED_POINTS = ["after_rename", "written_aside:latest", "after_latest", "committed", "retained"]
 
 
-def publish_alone(folder: Path, step: int, keep: int = 2, **facts: Any) -> Path:
-    return publish(saver(step, 0), folder, step=step, facts=facts, peers=Alone(), keep=keep)
+def publish_alone(
+    folder: Path, step: int, keep: int = 2, verified: set[str] | None = None, **facts: Any
+) -> Path:
+    return publish(
+        saver(step, 0), folder, step=step, facts=facts, peers=Alone(), keep=keep,
+        verified=set() if verified is None else verified,
+    )  # fmt: skip
 
 
 def newest(folder: Path) -> tuple[int | None, list[str]]:
@@ -128,6 +133,7 @@ def test_the_order_is_the_contract(
                 "before_write": (True, False, False, "step-00000010"),
                 "after_write": (True, False, False, "step-00000010"),
                 "after_hash": (True, False, False, "step-00000010"),
+                "read_back": (True, False, False, "step-00000010"),
                 "before_manifest": (True, False, False, "step-00000010"),
                 "written_aside:manifest.json": (True, False, False, "step-00000010"),
                 "after_manifest": (True, True, False, "step-00000010"),
@@ -148,6 +154,7 @@ def test_the_order_is_the_contract(
         "after_write",
         *[f"sync {name}" for name in sorted(files_of(0))],
         "after_hash",
+        "read_back",
         "before_manifest",
         "sync manifest.json.tmp",
         "written_aside:manifest.json",
@@ -273,7 +280,7 @@ def test_files_nobody_answers_for_are_not_published(tmp_path: Path) -> None:
         (folder / tag / "zero_pp_rank_1_mp_rank_00_model_states.pt").write_bytes(b"x")
 
     with pytest.raises(CheckpointError, match=r"zero_pp_rank_1_.* appeared or vanished"):
-        publish(save, tmp_path, step=20, facts={}, peers=Alone(), keep=2)
+        publish(save, tmp_path, step=20, facts={}, peers=Alone(), keep=2, verified=set())
     assert newest(tmp_path) == (10, [])
 
 
@@ -352,7 +359,27 @@ def test_a_place_that_cannot_be_made_is_everyones_error(tmp_path: Path) -> None:
 
 def test_a_save_that_writes_nothing_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="rank 0 could not write"):
-        publish(lambda *_: None, tmp_path, step=1, facts={}, peers=Alone(), keep=2)
+        publish(lambda *_: None, tmp_path, step=1, facts={}, peers=Alone(), keep=2, verified=set())
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_bytes_that_the_disk_does_not_give_back_are_not_announced(
+    broken: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's memory holds what was written, the disk something else."""
+    assert publish_together(tmp_path, 10) == [None, None]
+
+    def drop(path: Path) -> None:
+        if rank_of_thread() == broken and "optim" in path.name:
+            path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "drop_cached", drop)
+        ends = publish_together(tmp_path, 20)
+    for end in ends:
+        assert isinstance(end, SaveError) and "reads back other than it was written" in str(end)
+        assert f"rank {broken}" in str(end) and files_of(broken)[1] in str(end)
+    assert newest(tmp_path) == (10, []) and not list(tmp_path.glob("*.partial"))
 
 
 # -- damage ----------------------------------------------------------------------------------
@@ -610,32 +637,79 @@ def test_retention_never_drops_below_keep_whole_ones(tmp_path: Path) -> None:
                 (folder / folder_name(step) / MANIFEST).unlink()
             whole[step] = damage == ""
         (folder / "step-00000099.partial").mkdir()
-        retain(folder, keep=keep)
+        read = [step for step in steps if rng.random() < 0.6]
+        verified = {folder_name(step) for step in read}
+        retain(folder, keep=keep, verified=verified)
         left = sorted(int(path.name[5:]) for path in step_folders(folder))
         good = [step for step in steps if whole[step]]
-        # The newest `keep` whole ones and whatever is newer than the oldest of these.
-        bound = good[-keep] if len(good) >= keep else 0
+        sure = [step for step in good if step in read]
+        # Whatever is not older than both the `keep`-th whole and the second verified one.
+        bound = min(good[-keep], sure[-2]) if len(good) >= keep and len(sure) >= 2 else 0
         assert left == [step for step in steps if step >= bound], (steps, whole, keep)
-        assert [step for step in left if whole[step]] == good[-keep:]
+        assert len([step for step in left if step in sure]) >= min(2, len(sure))
         assert (folder / "step-00000099.partial").is_dir()
         before = left
-        retain(folder, keep=keep)
+        retain(folder, keep=keep, verified=verified)
         assert sorted(int(path.name[5:]) for path in step_folders(folder)) == before
 
 
 def test_publishing_retains(tmp_path: Path) -> None:
+    verified: set[str] = set()
     for step in range(1, 8):
-        publish_alone(tmp_path, step, keep=3)
+        publish_alone(tmp_path, step, keep=3, verified=verified)
     assert [path.name for path in step_folders(tmp_path)] == [folder_name(s) for s in (7, 6, 5)]
+
+
+def test_a_run_that_resumes_deletes_nothing_on_the_strength_of_names(tmp_path: Path) -> None:
+    """Right names and sizes, wrong bytes: the older ones are all that is left."""
+    for step in (1, 2, 3):
+        publish_alone(tmp_path, step, keep=3)
+    for step in (2, 3):
+        (tmp_path / folder_name(step) / files_of(0)[0]).write_bytes(bytes(SMALL))
+    step, said = newest(tmp_path)
+    assert step == 1 and len(said) == 2
+    verified = {folder_name(1)}  # the one resumed from
+    (tmp_path / folder_name(2)).rename(tmp_path / folder_name(4))  # nobody has read it
+    publish_alone(tmp_path, 5, verified=verified)
+    assert (tmp_path / folder_name(1)).exists()
+    publish_alone(tmp_path, 6, verified=verified)
+    assert [path.name for path in step_folders(tmp_path)] == [folder_name(6), folder_name(5)]
+    assert verified >= {folder_name(5), folder_name(6)}
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_two_verified_ones_stay_whatever_keep_says(keep: int, tmp_path: Path) -> None:
+    verified: set[str] = set()
+    for step in range(1, 6):
+        publish_alone(tmp_path, step, keep=keep, verified=verified)
+        left = [path.name for path in step_folders(tmp_path)]
+        assert left == [folder_name(s) for s in (step, step - 1) if s]
+
+
+def test_few_of_the_damaged_ones_that_were_moved_aside_stay(tmp_path: Path) -> None:
+    for name in ("step-00000003.invalid-0", "step-00000020.invalid-2", "step-00000020.invalid-10"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_bytes(b"x")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "step-00000004.invalid-0").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "step-00000005.invalid-0").write_text("a file")
+    (tmp_path / "step-00000001.invalid-x").mkdir()  # not ours
+    publish_alone(tmp_path, 30)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert {name for name in left if "invalid" in name} == {
+        "step-00000020.invalid-2", "step-00000020.invalid-10", "step-00000001.invalid-x",
+    }  # fmt: skip
+    assert (tmp_path / "elsewhere").is_dir()
 
 
 def test_a_folder_that_cannot_be_deleted_whole_is_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publish_alone(tmp_path, 1)
-    publish_alone(tmp_path, 2)
+    verified: set[str] = set()
+    publish_alone(tmp_path, 1, verified=verified)
+    publish_alone(tmp_path, 2, verified=verified)
     monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
-    publish_alone(tmp_path, 3)
+    publish_alone(tmp_path, 3, verified=verified)
     with pytest.raises(CheckpointError, match=MANIFEST):
         verify(tmp_path / folder_name(1))
 
@@ -644,7 +718,7 @@ def test_retention_spares_everything_when_the_save_failed(tmp_path: Path) -> Non
     for step in (1, 2):
         publish_alone(tmp_path, step)
     with pytest.raises(CheckpointError):
-        publish(lambda *_: None, tmp_path, step=3, facts={}, peers=Alone(), keep=2)
+        publish(lambda *_: None, tmp_path, step=3, facts={}, peers=Alone(), keep=2, verified=set())
     assert [path.name for path in step_folders(tmp_path)] == [folder_name(2), folder_name(1)]
 
 

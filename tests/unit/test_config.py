@@ -286,7 +286,7 @@ def test_values_of_the_wrong_type_are_refused_where_they_stand(
         ("training.steps=null", "exactly one of `epochs` and `steps`"),
         ("training={epochs: .inf, global_batch_rows: 1}", "finite"),
         ("training={epochs: 0, global_batch_rows: 1}", "epochs"),
-        ("checkpoint.keep=1", "keep"),
+        ("checkpoint.keep=1", "keep: leaves nothing to fall back on"),
         ("checkpoint.resume=yes", "resume"),
         ("zero.param_persistence_threshold=-1", "param_persistence_threshold"),
     ],

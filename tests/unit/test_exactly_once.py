@@ -24,8 +24,8 @@ from nmar_ds.data.loader import RowLoader, count_targets
 from nmar_ds.data.packing import best_fit_decreasing
 from nmar_ds.training import checkpoints
 
-POINTS = ("cleared", "before_write", "after_write", "after_hash", "before_manifest",
-          "written_aside:manifest.json", "after_manifest", "after_rename", "written_aside:latest",
+POINTS = ("cleared", "before_write", "after_write", "after_hash", "read_back",
+          "before_manifest", "written_aside:manifest.json", "after_manifest", "after_rename", "written_aside:latest",
           "after_latest", "committed")  # fmt: skip
 NUM_SCRIPTS = 50
 
@@ -74,6 +74,7 @@ class Script:
         # From a part of an epoch to four of them.
         self.steps = max(3, min(30, int(draw.uniform(0.5, 4) * steps_per_epoch)))
         self.attempts: list[Attempt] = []
+        self.verified: set[str] = set()
 
     def loader(self, rank: int, world_size: int, micro: int = 1) -> RowLoader:
         return RowLoader(
@@ -91,6 +92,7 @@ class Script:
         self.attempts.append(attempt)
         found = checkpoints.find_newest(self.folder, report=pytest.fail)
         first = 0 if found is None else found.step
+        self.verified = set() if found is None else {found.folder.name}
         last = first + int(draw.integers(0, 9))  # of this attempt, or beyond the run's end
         end = draw.choice(["dies in a step", "dies in a save", "stops"])
         for step in range(first, self.steps):
@@ -124,7 +126,15 @@ class Script:
 
         reached(reach)
         try:
-            checkpoints.publish(write, self.folder, step=step, facts={}, peers=Alone(), keep=2)
+            checkpoints.publish(
+                write,
+                self.folder,
+                step=step,
+                facts={},
+                peers=Alone(),
+                keep=2,
+                verified=self.verified,
+            )
         except Died:
             return False
         return True
