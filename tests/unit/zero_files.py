@@ -97,7 +97,7 @@ def write_checkpoint(
 
         return checkpoints.publish(
             write, folder, step=step, facts={"world_size": world_size, **facts},
-            peers=ThreadPeers(rank, barrier, slots), keep=2,
+            peers=ThreadPeers(rank, barrier, slots), keep=2, verified=set(),
         )  # fmt: skip
 
     with ThreadPoolExecutor(world_size) as pool:
