@@ -12,13 +12,22 @@ import argparse
 import ast
 import inspect
 import itertools
+import os
 import re
 import sys
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from nmar_ds.errors import ConfigError, NmarError
 from nmar_ds.yaml_input import apply_override, closest, nearest, read_yaml
@@ -29,6 +38,20 @@ if TYPE_CHECKING:
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+
+
+def _usable_path(value: str) -> str:
+    """Refuse what the operating system takes for no path: it would be an error far from here."""
+    try:
+        usable = value != "" and b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:  # half a surrogate pair
+        usable = False
+    if not usable:
+        raise ValueError("cannot be a path, expected text that is not empty and has no zero byte")
+    return value
+
+
+PathText = Annotated[str, AfterValidator(_usable_path)]
 
 
 class Section(BaseModel):
@@ -56,7 +79,7 @@ class SentencePieceTraining(Section):
 class TokenizerSection(Section):
     """The tokenizer of model and data; `<UNDO>` is added where it has none."""
 
-    path: str
+    path: PathText
     """A SentencePiece `.model`, a `tokenizer.json`, or a folder that holds one of them."""
     train: SentencePieceTraining | None = None
     """Where given, `launcher/prepare.py` trains the tokenizer and writes it to `path`."""
@@ -127,7 +150,7 @@ class DataSection(Section):
     """JSONL files of training records."""
     heldout: list[str]
     """JSONL files of held-out records; their traces give the held-out losses."""
-    store: str
+    store: PathText
     """Folder for the prepared stores: `train/` and `heldout/` are written under it."""
     sequence_length: PositiveInt
     """Tokens per packed row."""
@@ -143,7 +166,7 @@ class DataSection(Section):
     def _not_empty(cls, value: list[str]) -> list[str]:
         if not value:
             raise ValueError("is empty, expected at least one JSONL file")
-        return value
+        return [_usable_path(path) for path in value]
 
 
 class UndoInitSection(Section):
@@ -178,7 +201,7 @@ class UndoInitSection(Section):
 class ModelSection(Section):
     """The model: a local Hugging Face folder, or a configuration to initialise at random."""
 
-    path: str | None = None
+    path: PathText | None = None
     """Local folder with config.json and safetensors weights."""
     config: dict[str, Any] | None = None
     """Keys of a transformers configuration, `model_type` among them; vocab_size is filled in."""
@@ -346,7 +369,7 @@ class RunConfig(Section):
 
     name: str
     """Letters, digits, `.`, `_`, `-`; kept in checkpoints."""
-    output: str
+    output: PathText
     """Run folder: checkpoints, TensorBoard events, the resolved configuration."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of deviations, tokenizer training, initial weights and row order."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -32,6 +33,7 @@ MANIFEST = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 SHARD_TOKENS = 2**27
 FLUSH_TOKENS = 2**20
+PLAIN_NAME = re.compile(rf"({TOKENIZER_FOLDER}/)?[A-Za-z0-9_][A-Za-z0-9._-]*")
 AGAIN = "prepare it again with launcher/prepare.py"
 
 # What a shard of n traces and t tokens consists of: type, and number of entries. `onsets` holds
@@ -242,6 +244,10 @@ class Store:
         self._first = np.cumsum([0, *(shard["num_traces"] for shard in shards)])
         self.num_traces = int(self._first[-1])
         for name, entry in self.manifest["files"].items():
+            if PLAIN_NAME.fullmatch(name) is None:
+                raise StoreError(
+                    f"{self.folder / MANIFEST}: files: {name!r}, expected names inside the store"
+                )
             file = self.folder / name
             size = file.stat().st_size if file.is_file() else None
             if size != entry["size"]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from nmar_ds.errors import ConfigError, VocabularyError
 from nmar_ds.files import EXPORT_SETTINGS
+from nmar_ds.model.folder import check_no_code
 from nmar_ds.traces.chat import ChatTemplate
 from nmar_ds.traces.encoding import Tokenizer, load_tokenizer
 from nmar_ds.traces.reduction import SEMANTICS, Machine
@@ -96,10 +97,12 @@ def read_settings(folder: Path) -> ExportSettings:
     """Read and check `nmar.json`; imports no torch.
 
     Raises:
-        ConfigError: not an exported folder, or one that this version cannot decode.
+        ConfigError: not an exported folder, one that this version cannot decode, or one that wants
+            code of its own run.
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder}: --model: no such folder, expected one made by export.py")
+    check_no_code(folder, place="")
     path = folder / EXPORT_SETTINGS
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

@@ -21,15 +21,15 @@ _OTHER_PARTS = (
 )  # fmt: skip
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _read_object(path: Path, place: str = "model.path: ") -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"model.path: {path}: {error.strerror or error}") from None
+        raise ConfigError(f"{place}{path}: {error.strerror or error}") from None
     except ValueError as error:
-        raise ConfigError(f"model.path: {path}: is not JSON: {error}") from None
+        raise ConfigError(f"{place}{path}: is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ConfigError(f"model.path: {path}: is a {type(value).__name__}, expected an object")
+        raise ConfigError(f"{place}{path}: is a {type(value).__name__}, expected an object")
     return value
 
 
@@ -55,9 +55,8 @@ def check_model_folder(folder: Path, *, tokenizer_size: int, tokenizer_fingerpri
     if not folder.is_dir():
         raise ConfigError(f"model.path: {folder}: no such folder")
     config = _read_object(folder / "config.json")
+    check_no_code(folder)
     _check_config(folder / "config.json", config)
-    if (folder / TOKENIZER_CONFIG).is_file():
-        _check_no_code(folder / TOKENIZER_CONFIG, _read_object(folder / TOKENIZER_CONFIG))
     rows = config.get("vocab_size")
     for name, tensor in read_stored_tensors(folder).items():
         if not name.endswith("embed_tokens.weight") or not tensor.shape:
@@ -82,16 +81,26 @@ def check_model_folder(folder: Path, *, tokenizer_size: int, tokenizer_fingerpri
     return False
 
 
-def _check_no_code(file: Path, settings: dict[str, Any]) -> None:
-    if settings.get("auto_map") is not None:
-        raise ConfigError(
-            f"model.path: {file}: wants code of its own run (auto_map), which is refused, expected "
-            "an architecture that transformers has; if it has it, remove the key"
-        )
+def check_no_code(folder: Path, place: str = "model.path: ") -> None:
+    """Check that neither configuration nor tokenizer of a model folder brings code of its own.
+
+    Args:
+        folder: to read; a file that is not there is left to others.
+        place: of the setting that named the folder, for the message.
+
+    Raises:
+        ConfigError: one of them does, or is no JSON object.
+    """
+    for name in ("config.json", TOKENIZER_CONFIG):
+        file = folder / name
+        if file.is_file() and _read_object(file, place).get("auto_map") is not None:
+            raise ConfigError(
+                f"{place}{file}: wants code of its own run (auto_map), which is refused, expected "
+                "an architecture that transformers has; if it has it, remove the key"
+            )
 
 
 def _check_config(file: Path, config: dict[str, Any]) -> None:
-    _check_no_code(file, config)
     for key in _QUANTISED:
         if config.get(key) is not None:
             raise ConfigError(

@@ -12,7 +12,6 @@ import gc
 import logging
 import os
 import pickle
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from nmar_ds.errors import (
 )
 from nmar_ds.files import about, no_room
 from nmar_ds.training.nodes import choose_interface, meet
+from nmar_ds.training.plain_data import not_plain_data
 from nmar_ds.training.ranks import Ranks, threads_per_rank
 
 if TYPE_CHECKING:
@@ -373,15 +373,6 @@ class Engine:
             name: safe_get_full_fp32_param(parameter).detach().clone()
             for name, parameter in self.module.named_parameters()
         }
-
-
-def not_plain_data(folder: Path, error: Exception) -> str:
-    """One line on a checkpoint whose files the safe loader refuses."""
-    reason = " ".join(str(error).split())
-    found = re.search(r"GLOBAL ([\w.]+) was not|Unsupported (?:global|class)[:,]? ([\w.]+)", reason)
-    named = next((name for name in found.groups() if name), "") if found else ""
-    what = f"asks for {named}" if named else reason[:160]
-    return f"{folder}: holds pickled code or is damaged, expected tensors and plain values ({what})"
 
 
 def _num_bytes(state: Any) -> int:

@@ -114,11 +114,16 @@ def full_state(found: Found) -> dict[str, Any]:
     """fp32 master weights of a verified checkpoint by their names in the model, on the CPU.
 
     Every file is opened without running pickled code.
+
+    Raises:
+        CheckpointError: a file of it is no plain data.
     """
     # Before torch and DeepSpeed: the engine room sets the process up for safe loading.
     from nmar_ds.training import engine  # noqa: F401
+    from nmar_ds.training.plain_data import check_plain_data
 
     assert os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] == "1"
+    check_plain_data(found.folder)
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     # It narrates on both streams; what goes wrong it raises.

@@ -16,7 +16,7 @@ from nmar_ds import __version__
 from nmar_ds.config import RunConfig, deepspeed_config
 from nmar_ds.data.loader import Batch, RowLoader
 from nmar_ds.data.store import boundary_ids_of
-from nmar_ds.errors import CheckpointError, ConfigError, FolderError
+from nmar_ds.errors import CheckpointError, ConfigError
 from nmar_ds.model import row_norms
 from nmar_ds.model.attention import check_supported
 from nmar_ds.model.canary import CanaryReport, run_canary
@@ -37,6 +37,7 @@ from nmar_ds.training.loop import TrainingLoop, forward_arguments
 from nmar_ds.training.monitor import Monitor
 from nmar_ds.training.nodes import check_same_everywhere, check_shared_folder
 from nmar_ds.training.partitions import SavedPartitions
+from nmar_ds.training.plain_data import check_plain_data
 from nmar_ds.training.planning import RunPlan
 from nmar_ds.training.ranks import Ranks
 from nmar_ds.training.run_folder import RunLock, check_space, checkpoint_bytes
@@ -88,6 +89,9 @@ def _run(config: RunConfig, plan: RunPlan, ranks: Ranks, stop: StopSignal, lock:
             outcome.clear(output)
             refuse_stopped(output)
     found = _find_checkpoint(config, plan, peers, output / "checkpoints")
+    with peers.share_errors():
+        if found and peers.rank == 0:
+            check_plain_data(found.folder)
     first_step = found.step if found else 0
     with peers.share_errors():
         if peers.rank == 0:
@@ -201,8 +205,6 @@ def _prepare_folder(
 
 def _copy_tokenizer(source: Path, folder: Path) -> None:
     """Over what a former start has left, but through no link that stands there."""
-    if folder.is_symlink():
-        raise FolderError(f"{folder}: is a link, expected a folder or nothing; remove it")
     folder.mkdir(exist_ok=True)
     for file in sorted(source.iterdir()):
         (folder / file.name).unlink(missing_ok=True)

@@ -24,6 +24,11 @@ from nmar_ds.errors import FolderError, LockedError
 from nmar_ds.files import about
 
 LOCK = "run.lock"
+# What a run writes there. Through a link of that name it would write into others' files.
+WRITTEN = (
+    "attempts.jsonl", "checkpoints", "config.yaml", "outcome", "outcome.tmp", "preflight.json",
+    "slurm", "stacks", "tensorboard", "tokenizer",
+)  # fmt: skip
 JOB_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
@@ -52,10 +57,12 @@ class RunLock:
 
         Raises:
             LockedError: a rank of another job is alive; names it.
-            FolderError: the folder cannot be made or written.
+            FolderError: the folder cannot be made or written, or a link stands in it where the
+                run would write.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            _refuse_links(self.path.parent)
             # Not truncated: until the lock is ours the text is the holder's.
             # Nor through a link, whose target would be overwritten.
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
@@ -119,6 +126,16 @@ class RunLock:
             return f"pid {facts['pid']} on {facts['host']} since {facts['since']}{job}"
         except (ValueError, KeyError, TypeError, OSError):  # it is only just starting
             return f"another job that holds {LOCK}"
+
+
+def _refuse_links(folder: Path) -> None:
+    """The folder itself may be reached through links; what a run writes in it may not."""
+    for name in WRITTEN:
+        if (folder / name).is_symlink():
+            raise FolderError(
+                f"{folder / name}: is a link, expected a plain file or folder, or nothing; remove "
+                "it, or let `output` itself lead elsewhere"
+            )
 
 
 def checkpoint_bytes(num_weights: int, optimizer: str) -> int:

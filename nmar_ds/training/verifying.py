@@ -136,7 +136,8 @@ def _check_files(folder: Path, files: Mapping[str, Any]) -> None:
     present = {item.name for item in folder.iterdir()} - {MANIFEST}
     for name in sorted(present ^ set(files)):
         what = "is not in the manifest" if name in present else "is missing"
-        raise CheckpointError(f"{folder}: {name} {what}")
+        shown = name if name.isprintable() else repr(name)  # a message stays on its line
+        raise CheckpointError(f"{folder}: {shown} {what}")
     for name, entry in files.items():
         file = folder / name
         if file.is_symlink() or not file.is_file():
