@@ -279,7 +279,7 @@ def _headers(path: Path) -> Any:
 
 def _load(path: Path) -> Any:
     # The engine room lists which types a file may name.
-    from nmar_ds.training.engine import not_plain_data
+    from nmar_ds.training.plain_data import not_plain_data
 
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
