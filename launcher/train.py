@@ -5,7 +5,7 @@
 Also started by torchrun, srun, mpirun, or by plain python as one rank. Continues from the newest
 valid checkpoint of the run folder. Exit codes: 0 done, or stopped by a signal and saved; 1 a fault
 of the run; 2 bad input or configuration; 3 the job's attempts make no progress; 4 the run folder is
-in use.
+in use; 5 a rank hung.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import argparse
 import faulthandler
 import os
 import sys
-from pathlib import Path
 
 from nmar_ds.errors import LaunchError, NmarError
+from nmar_ds.training.outcome import leave_exit_code
 from nmar_ds.training.ranks import complete_environment, discover_ranks
 from nmar_ds.training.stopping import Launcher, end_at_once_on_interrupt
 
@@ -85,8 +85,5 @@ if __name__ == "__main__":
     # job; so it is not shut down.
     sys.stdout.flush()
     sys.stderr.flush()
-    # srun reports the highest code of all ranks, and ranks it kills after the first failure have
-    # higher ones; so each leaves its own where slurm/lib.sh looks.
-    if exit_code and os.environ.get("NMAR_EXIT_CODES"):
-        Path(os.environ["NMAR_EXIT_CODES"], str(exit_code)).touch()
+    leave_exit_code(exit_code, os.environ)
     os._exit(exit_code)

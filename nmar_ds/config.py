@@ -319,7 +319,20 @@ class TrainingSection(Section):
     max_nonfinite_steps: PositiveInt = 3
     """This many non-finite steps in a row stop the run."""
     timeout_seconds: PositiveInt = 300
-    """Longest wait in a collective before a hung rank ends the run."""
+    """Longest wait for the ranks to meet, and longest forward, backward or optimizer step: what
+    takes longer is a hang, and ends the run."""
+    slow_timeout_seconds: PositiveInt = 1800
+    """The same for what may take longer: loading and verifying, the first step, an evaluation, a
+    save."""
+
+    @model_validator(mode="after")
+    def _slow_is_slower(self) -> TrainingSection:
+        if self.slow_timeout_seconds < self.timeout_seconds:
+            raise ValueError(
+                f"slow_timeout_seconds is {self.slow_timeout_seconds}, expected at least "
+                f"timeout_seconds ({self.timeout_seconds})"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingSection:

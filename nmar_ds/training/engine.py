@@ -59,12 +59,16 @@ LOST_PEER_SIGNS = ("Connection closed by peer", "Connection reset by peer", "Bro
 torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum])
 
 
-def start_process_group(ranks: Ranks, *, timeout_seconds: int) -> torch.device:
+def start_process_group(
+    ranks: Ranks, *, timeout_seconds: int, collective_seconds: int | None = None
+) -> torch.device:
     """Join the other ranks.
 
     Args:
         ranks: from `discover_ranks`; the environment must be complete.
-        timeout_seconds: a collective that waits longer fails (the library default is 30 minutes).
+        timeout_seconds: longest wait for the others to come.
+        collective_seconds: a collective that waits longer fails (the library default is 30
+            minutes); as long as the others may take to come, unless it is given.
 
     Returns:
         This rank's device.
@@ -94,7 +98,7 @@ def start_process_group(ranks: Ranks, *, timeout_seconds: int) -> torch.device:
         deepspeed.init_distributed(
             dist_backend=backend,
             auto_mpi_discovery=False,
-            timeout=datetime.timedelta(seconds=timeout_seconds),
+            timeout=datetime.timedelta(seconds=collective_seconds or timeout_seconds),
             verbose=False,
         )
     except RuntimeError as error:

@@ -104,6 +104,7 @@ class TrainingLoop:
         save_every: steps between checkpoints, or None for the end only.
         measure_heldout: held-out scalars by tag. Collective.
         stop_requested: whether this rank was told to stop; asked once per step.
+        enter_phase: told what begins, for the watchdog.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class TrainingLoop:
         save_every: int | None,
         measure_heldout: Callable[[], dict[str, float]],
         stop_requested: Callable[[], bool],
+        enter_phase: Callable[[str], None] = lambda phase: None,
     ) -> None:
         self.engine = engine
         self.loader = loader
@@ -136,6 +138,8 @@ class TrainingLoop:
         self.save_every = save_every
         self.measure_heldout = measure_heldout
         self.stop_requested = stop_requested
+        self.enter_phase = enter_phase
+        self.is_first_step = True  # of this attempt: it compiles and pages in
         self.nonfinite_total = 0
         self.nonfinite_in_a_row = 0
         # Seconds, tokens, trained tokens and steps on this rank since the last log, without the
@@ -152,6 +156,7 @@ class TrainingLoop:
             DivergenceError: too many non-finite steps in a row.
         """
         if first_step == 0:
+            self.enter_phase("evaluation")
             self.monitor.measured(0, self.measure_heldout())
         self.engine.train()
         for step in range(first_step, self.total_steps):
@@ -161,6 +166,7 @@ class TrainingLoop:
             sums = self.forward_backward(step, also_untrained=logged)
             applied = self.engine.step_was_applied()
             stop = self._agree(done, sums, applied)
+            self.is_first_step = False
             self._pace += (time.monotonic() - started, sums.tokens, sums.trained, 1)
             if logged:
                 self._log(done, sums)
@@ -168,10 +174,13 @@ class TrainingLoop:
             at_end = done == self.total_steps
             every = self.training.eval_every
             if at_end or (every is not None and done % every == 0):
+                self.enter_phase("evaluation")
                 self.monitor.measured(done, self.measure_heldout())
                 self.engine.train()
             if at_end or stop or (self.save_every and done % self.save_every == 0):
+                self.enter_phase("save")
                 self.save(done)
+                self._wait_for_all()
             if stop and not at_end:
                 self.monitor.say(f"stopped after step {done}; saved")
                 return False
@@ -190,14 +199,24 @@ class TrainingLoop:
         self.engine.set_learning_rate(learning_rate(step, self.total_steps, self.optimizer))
         sums = StepSums()
         for batch in self.loader.batches_of_step(step):
+            self._enter("forward")
             result = self.engine(
                 **forward_arguments(batch, self.weights, self.engine.device),
                 also_untrained=also_untrained,
             )
+            self._enter("backward")
             self.engine.backward(result.loss_sum * (self.engine.world_size / divisor))
+            self._enter("optimizer")
             self.engine.step()
             sums.add(batch, result, is_trained, divisor)
         return sums
+
+    def _enter(self, phase: str) -> None:
+        self.enter_phase("first step" if self.is_first_step else phase)
+
+    def _wait_for_all(self) -> None:
+        """Rank 0 deletes old checkpoints longer than the others may wait for it in a step."""
+        all_reduce(torch.zeros(1, device=self.engine.device)).item()
 
     def _agree(self, done: int, sums: StepSums, applied: bool) -> bool:
         """Share what any rank saw: a stop signal, a non-finite loss. Returns whether to stop."""

@@ -7,6 +7,7 @@ that one comes later, and changes nothing. No torch here.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from nmar_ds.errors import DivergenceError, HangError, NmarError
@@ -44,6 +45,16 @@ def of_error(error: Exception) -> str:
     if not isinstance(error, NmarError):
         return f"failed: {type(error).__name__}: {text}"
     return f"{'failed' if error.exit_code == 1 else 'refused'}: {text}"
+
+
+def leave_exit_code(code: int, environ: Mapping[str, str]) -> None:
+    """Leave this rank's code where slurm/lib.sh looks.
+
+    srun reports the highest code of all ranks, and ranks it kills after the first failure have
+    higher ones.
+    """
+    if code and environ.get("NMAR_EXIT_CODES"):
+        Path(environ["NMAR_EXIT_CODES"], str(code)).touch()
 
 
 def clear(output: Path) -> None:

@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from nmar_ds import __version__
 from nmar_ds.config import RunConfig, deepspeed_config
 from nmar_ds.data.loader import Batch, RowLoader
 from nmar_ds.data.store import boundary_ids_of
-from nmar_ds.errors import CheckpointError, ConfigError
+from nmar_ds.errors import CheckpointError, ConfigError, PeerLostError
 from nmar_ds.model import row_norms
 from nmar_ds.model.attention import check_supported
 from nmar_ds.model.canary import CanaryReport, run_canary
@@ -49,6 +51,7 @@ from nmar_ds.training.stopping import (
     stop_reason,
     told_to_stop,
 )
+from nmar_ds.training.watchdog import Watchdog
 
 
 def run_training(config: RunConfig, plan: RunPlan, ranks: Ranks, launcher: Launcher) -> bool:
@@ -60,24 +63,54 @@ def run_training(config: RunConfig, plan: RunPlan, ranks: Ranks, launcher: Launc
     Raises:
         NmarError: anything a user can mend, the same on all ranks.
     """
-    start_process_group(ranks, timeout_seconds=config.training.timeout_seconds)
+    training = config.training
+    with Watchdog(
+        ranks.rank,
+        Path(config.output),
+        timeout_seconds=training.timeout_seconds,
+        slow_timeout_seconds=training.slow_timeout_seconds,
+    ) as watchdog:
+        start_process_group(
+            ranks,
+            timeout_seconds=training.timeout_seconds,
+            # The watchdog comes first: it tells a slow save from a hung step, and leaves stacks.
+            collective_seconds=training.slow_timeout_seconds + 60,
+        )
+        return _run_watched(config, plan, ranks, launcher, watchdog)
+
+
+def _run_watched(
+    config: RunConfig, plan: RunPlan, ranks: Ranks, launcher: Launcher, watchdog: Watchdog
+) -> bool:
+    """Whatever the end, it leaves its line, and the folder and the group are given back."""
     output = Path(config.output)
     # One rank looks for the kill switch: a thousand would ask the file server every second.
     stop = StopSignal(launcher, output / STOP_FILE if ranks.rank == 0 else None)
     lock = RunLock(output)
     try:
         with naming_lost_peers():
-            return _run(config, plan, ranks, stop, lock)
+            return _run(config, plan, ranks, stop=stop, lock=lock, watchdog=watchdog)
     except Exception as error:
+        if isinstance(error, PeerLostError):
+            watchdog.end_if_told()
         if lock.held:  # else the folder is another job's
             outcome.leave(output, outcome.of_error(error))
         raise
     finally:
+        watchdog.enter("end")
         close_process_group()
         lock.release()
 
 
-def _run(config: RunConfig, plan: RunPlan, ranks: Ranks, stop: StopSignal, lock: RunLock) -> bool:
+def _run(
+    config: RunConfig,
+    plan: RunPlan,
+    ranks: Ranks,
+    *,
+    stop: StopSignal,
+    lock: RunLock,
+    watchdog: Watchdog,
+) -> bool:
     peers = ProcessPeers()
     output = Path(config.output)
     check_same_everywhere(peers.gather({**plan.facts, **_versions()}))
@@ -88,6 +121,8 @@ def _run(config: RunConfig, plan: RunPlan, ranks: Ranks, stop: StopSignal, lock:
         if peers.rank == 0:
             outcome.clear(output)
             refuse_stopped(output)
+    attempt = peers.broadcast(f"{time.strftime('%Y%m%dT%H%M%S')}-{watchdog.me.pid}")
+    watchdog.meet(attempt, peers.gather(watchdog.me))
     found = _find_checkpoint(config, plan, peers, output / "checkpoints")
     with peers.share_errors():
         if found and peers.rank == 0:
@@ -96,7 +131,10 @@ def _run(config: RunConfig, plan: RunPlan, ranks: Ranks, stop: StopSignal, lock:
     with peers.share_errors():
         if peers.rank == 0:
             attempts.begin(output, first_step, os.environ)
-    complete = _attempt(config, plan, ranks, stop=stop, peers=peers, found=found)
+    complete = _attempt(
+        config, plan, ranks, stop=stop, peers=peers, found=found, enter_phase=watchdog.enter
+    )
+    watchdog.enter("end")
     with peers.share_errors():
         if peers.rank == 0:
             attempts.end(output, first_step, os.environ)
@@ -121,6 +159,7 @@ def _attempt(
     stop: StopSignal,
     peers: ProcessPeers,
     found: checkpoints.Found | None,
+    enter_phase: Callable[[str], None],
 ) -> bool:
     """Train from a checkpoint, or the start, to the end or to a stop; see `run_training`."""
     output, first_step = Path(config.output), found.step if found else 0
@@ -170,6 +209,7 @@ def _attempt(
         loop = _make_loop(
             config, plan, ranks, engine, loader=loader, monitor=monitor, peers=peers, stop=stop,
             verified={found.folder.name} if found else set(),
+            enter_phase=enter_phase,
         )  # fmt: skip
         complete = loop.run(first_step)
         if not complete:
@@ -262,6 +302,7 @@ def _make_loop(
     peers: ProcessPeers,
     stop: StopSignal,
     verified: set[str],
+    enter_phase: Callable[[str], None],
 ) -> TrainingLoop:
     """The loop, given its ways to save and to measure."""
     heldout_loader = _loader_of("heldout", config, plan, ranks)
@@ -305,6 +346,7 @@ def _make_loop(
         save_every=config.checkpoint.every,
         measure_heldout=measure_heldout,
         stop_requested=stop,
+        enter_phase=enter_phase,
     )
 
 

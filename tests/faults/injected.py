@@ -2,9 +2,10 @@
 
 A fault is a mapping:
     rank: who suffers it
-    where: planning | building | boundary (before a step) | forward | backward | optimizer | point
-        | half_file | nonfinite (that rank's gradient, for a step; `how` is not needed)
-    step: optimizer step (1-based) or, in a save, the steps done
+    where: planning | building | evaluation | boundary (before a step) | forward | backward
+        | optimizer | point | half_file | nonfinite (that rank's gradient, for a step; `how` is not
+        needed)
+    step: optimizer step (1-based) or, in a save, the steps done; the number of the evaluation
     point: name given to `checkpoints.reached`, for `where: point`
     how: kill | sleep | full, or names of signals the rank sends itself ("SIGTERM", "SIGINT SIGINT")
     seconds: for sleep
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import os
 import signal
 import time
@@ -30,8 +32,11 @@ POINTS_OF_ALL = ("before_write", "after_write", "after_hash", "read_back", "comm
 
 
 def strike(fault: dict[str, Any]) -> None:
-    """Carry the fault out on this very process."""
+    """Carry the fault out on this very process; a stop only once, so that SIGCONT can end it."""
     how = fault["how"]
+    if how == "SIGSTOP" and fault.setdefault("stopped", False):
+        return
+    fault["stopped"] = True
     if "struck" in fault:
         Path(fault["struck"]).touch()
     if how == "kill":
@@ -54,6 +59,8 @@ def install(fault: dict[str, Any] | None, rank: int) -> None:
         _in_step(fault)
     elif fault["where"] in ("planning", "building"):
         _before_training(fault)
+    elif fault["where"] == "evaluation":
+        _in_evaluation(fault)
     else:
         _in_save(fault)
 
@@ -74,6 +81,19 @@ def _before_training(fault: dict[str, Any]) -> None:
         return original(*args, **kwargs)
 
     setattr(module, name, struck)
+
+
+def _in_evaluation(fault: dict[str, Any]) -> None:
+    from nmar_ds.training import heldout
+
+    original, numbers = heldout.measure, itertools.count()  # the first is before step 1
+
+    def struck(*args: Any, **kwargs: Any) -> Any:
+        if next(numbers) == fault["step"]:
+            strike(fault)
+        return original(*args, **kwargs)
+
+    heldout.measure = struck
 
 
 def _in_step(fault: dict[str, Any]) -> None:

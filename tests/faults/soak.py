@@ -139,6 +139,8 @@ class Soak:
         )  # fmt: skip
         if result["overdue"]:
             self.problems.append("the ranks did not end")
+        if result["codes"] != act.get("codes", result["codes"]):
+            self.problems.append(f"codes {result['codes']}, expected {act['codes']}")
         if fault is None:
             return struck is None or bool(result["struck"])
         if fault["where"] == "nonfinite":

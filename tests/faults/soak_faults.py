@@ -30,7 +30,7 @@ SAVES = range(2, STEPS + 1, 2)
 # Two micro-batches of two rows per rank and step.
 OVERRIDES = (f"training.steps={STEPS}", "training.global_batch_rows=8",
              "training.micro_batch_rows=2")  # fmt: skip
-SHORT_TIMEOUT = "training.timeout_seconds=8"
+SHORT_TIMEOUTS = ("training.timeout_seconds=4", "training.slow_timeout_seconds=60")
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
 INSIDE = ("boundary", "forward", "backward", "optimizer")
 
@@ -97,9 +97,9 @@ def disk_full(draw: random.Random) -> list[Act]:
 
 
 def stops_answering(draw: random.Random) -> list[Act]:
-    act = _step(draw, "SIGSTOP", 2)
-    # Its peer gives up after the timeout; then the server ends it, as a launcher would.
-    return [{**act, "overrides": [SHORT_TIMEOUT], "impatient": True}]
+    act = _step(draw, "SIGSTOP", 2)  # the first step's limit is the long one
+    # Nobody else ends them: the peer's watchdog does, and wakes the one that was stopped.
+    return [{**act, "overrides": [*SHORT_TIMEOUTS], "codes": [5, 5]}]
 
 
 # -- damage ----------------------------------------------------------------------------------

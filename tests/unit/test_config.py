@@ -87,6 +87,7 @@ FULL: dict[str, Any] = {
         "eval_rows": 8,
         "max_nonfinite_steps": 2,
         "timeout_seconds": 60,
+        "slow_timeout_seconds": 600,
     },
     "checkpoint": {"every": 5, "keep": 3, "resume": "never"},
     "zero": {
