@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
                 f"training.world_size: {expected} ranks are asked for, {ranks.world_size} started"
             )
         config.accumulation_steps(ranks.world_size)
+        if not arguments.dry_run:
+            config.check_hpz(world_size=ranks.world_size, ranks_per_node=ranks.local_world_size)
         from nmar_ds.training.planning import plan_run
 
         plan = plan_run(config)

@@ -360,6 +360,15 @@ class CheckpointSection(Section):
         return value
 
 
+class OffloadSection(Section):
+    """The optimizer's state, its gradients and its step in host memory."""
+
+    device: Literal["cpu"] = "cpu"
+    """Where they go."""
+    pin_memory: bool = True
+    """Page-locked host memory: faster copies, and it cannot be swapped out."""
+
+
 class ZeroSection(Section):
     """ZeRO-3 knobs; the defaults are DeepSpeed's, but for `gather_whole_layers`."""
 
@@ -375,6 +384,13 @@ class ZeroSection(Section):
     """Elements that may be gathered at a time."""
     gather_whole_layers: bool = True
     """Gather a decoder layer's parameters at once: fewer hooks and larger messages."""
+    hpz_partition_size: PositiveInt = 1
+    """Ranks of a node, to keep a second copy of the weights spread over each node (hpZ): the
+    backward then gathers them without leaving it. 1: no second copy."""
+    sub_group_size: PositiveInt = 1_000_000_000
+    """Elements of a rank that one optimizer call updates; bounds what it needs beside its state."""
+    offload_optimizer: OffloadSection | None = None
+    """Where given, the optimizer lives in host memory; `offload_optimizer: {}` is enough."""
 
 
 class RunConfig(Section):
@@ -436,6 +452,19 @@ class RunConfig(Section):
             )
         return -(-rows // (each * world_size))
 
+    def check_hpz(self, *, world_size: int, ranks_per_node: int) -> None:
+        """See that each second copy of the weights lies on one node, whole.
+
+        Raises:
+            ConfigError: `zero.hpz_partition_size` does not fit the ranks.
+        """
+        size = self.zero.hpz_partition_size
+        if size > 1 and (size != ranks_per_node or world_size % size != 0):
+            raise ConfigError(
+                f"zero.hpz_partition_size: {size}, but {ranks_per_node} of {world_size} ranks run "
+                f"on this node, expected as many on every node and that number, or 1"
+            )
+
 
 def deepspeed_config(config: RunConfig, *, world_size: int) -> dict[str, Any]:
     """The dictionary handed to DeepSpeed, with every default that matters spelt out.
@@ -444,6 +473,7 @@ def deepspeed_config(config: RunConfig, *, world_size: int) -> dict[str, Any]:
     Gradients are reduced and accumulated in fp32 whatever the model's dtype.
     """
     bf16 = config.model.dtype == "bfloat16"
+    offload = config.zero.offload_optimizer
     return {
         "train_micro_batch_size_per_gpu": config.training.micro_batch_rows,
         "gradient_accumulation_steps": config.accumulation_steps(world_size),
@@ -452,6 +482,8 @@ def deepspeed_config(config: RunConfig, *, world_size: int) -> dict[str, Any]:
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": config.optimizer.name == "sgd",
+        # DeepSpeed's own CPU Adam is compiled at the first start; torch's fused one is at hand.
+        **({} if offload is None else {"zero_force_ds_cpu_optimizer": False}),
         "zero_optimization": {
             "stage": 3,
             "overlap_comm": config.zero.overlap_comm,
@@ -460,7 +492,13 @@ def deepspeed_config(config: RunConfig, *, world_size: int) -> dict[str, Any]:
             "stage3_prefetch_bucket_size": config.zero.prefetch_bucket_size,
             "stage3_param_persistence_threshold": config.zero.param_persistence_threshold,
             "stage3_max_live_parameters": config.zero.max_live_parameters,
+            # What is used again within this many elements stays gathered whatever the limit above
+            # says, so a smaller limit alone would change nothing.
+            "stage3_max_reuse_distance": config.zero.max_live_parameters,
             "stage3_gather_16bit_weights_on_model_save": True,
+            "sub_group_size": config.zero.sub_group_size,
+            "zero_hpz_partition_size": config.zero.hpz_partition_size,
+            **({} if offload is None else {"offload_optimizer": offload.model_dump()}),
         },
     }
 

@@ -186,8 +186,12 @@ class ProcessPeers:
             raise problems[0]
 
 
-def make_optimizer(model: torch.nn.Module, section: OptimizerSection) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: torch.nn.Module, section: OptimizerSection, *, in_host_memory: bool = False
+) -> torch.optim.Optimizer:
     """AdamW or SGD over two groups: matrices decay, norms and biases do not.
+
+    In host memory one pass over each state is what counts, so AdamW runs fused there.
 
     Under ZeRO-3 a parameter's own shape is empty, so its rank is read from `ds_shape`.
     """
@@ -204,7 +208,13 @@ def make_optimizer(model: torch.nn.Module, section: OptimizerSection) -> torch.o
     groups = [group for group in groups if group["params"]]
     if section.name == "sgd":
         return torch.optim.SGD(groups, lr=section.learning_rate)
-    return torch.optim.AdamW(groups, lr=section.learning_rate, betas=section.betas, eps=section.eps)
+    return torch.optim.AdamW(
+        groups,
+        lr=section.learning_rate,
+        betas=section.betas,
+        eps=section.eps,
+        fused=True if in_host_memory else None,
+    )
 
 
 @dataclass(frozen=True, slots=True)

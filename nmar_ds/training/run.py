@@ -411,7 +411,9 @@ def _build_engine(
         )
     model = UndoTrainingModel(loaded.model, options=config.objective.options)
     layers = sorted(loaded.model._no_split_modules or ()) if config.zero.gather_whole_layers else []
-    engine = Engine(model, settings, make_optimizer(model, config.optimizer), whole_modules=layers)
+    offloaded = config.zero.offload_optimizer is not None
+    optimizer = make_optimizer(model, config.optimizer, in_host_memory=offloaded)
+    engine = Engine(model, settings, optimizer, whole_modules=layers)
     return engine, loaded.undo_row
 
 

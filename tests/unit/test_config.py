@@ -97,6 +97,9 @@ FULL: dict[str, Any] = {
         "param_persistence_threshold": 0,
         "max_live_parameters": 3000,
         "gather_whole_layers": False,
+        "hpz_partition_size": 2,
+        "sub_group_size": 4000,
+        "offload_optimizer": {"device": "cpu", "pin_memory": False},
     },
 }
 
@@ -290,6 +293,9 @@ def test_values_of_the_wrong_type_are_refused_where_they_stand(
         ("checkpoint.keep=1", "keep: leaves nothing to fall back on"),
         ("checkpoint.resume=yes", "resume"),
         ("zero.param_persistence_threshold=-1", "param_persistence_threshold"),
+        ("zero.hpz_partition_size=0", "hpz_partition_size"),
+        ("zero.sub_group_size=0", "sub_group_size"),
+        ("zero.offload_optimizer={device: nvme}", "offload_optimizer.device"),
     ],
 )
 def test_values_out_of_range_are_refused(override: str, named: str, tmp_path: Path) -> None:
@@ -523,9 +529,15 @@ def test_deepspeed_dictionary(norm: float, tmp_path: Path) -> None:
     assert zero["reduce_bucket_size"] == 1000
     assert zero["stage3_prefetch_bucket_size"] == 2000
     assert zero["stage3_param_persistence_threshold"] == 0
-    assert zero["stage3_max_live_parameters"] == 3000
+    assert zero["stage3_max_live_parameters"] == zero["stage3_max_reuse_distance"] == 3000
+    assert zero["sub_group_size"] == 4000 and zero["zero_hpz_partition_size"] == 2
+    assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": False}
+    assert made["zero_force_ds_cpu_optimizer"] is False
     adamw = load_config(write(tmp_path, FULL), ["optimizer.name=adamw", "model.dtype=bfloat16"])
     made = deepspeed_config(adamw, world_size=1)
+    plain = deepspeed_config(load_config(write(tmp_path, SMALL)), world_size=1)
+    assert "offload_optimizer" not in plain["zero_optimization"]
+    assert "zero_force_ds_cpu_optimizer" not in plain
     assert made["zero_allow_untested_optimizer"] is False and made["bf16"] == {"enabled": True}
 
 
@@ -544,6 +556,31 @@ def test_deepspeed_knows_every_key_of_its_dictionary(tmp_path: Path) -> None:
     known |= {field.alias for field in DeepSpeedZeroConfig.model_fields.values() if field.alias}
     assert set(made["zero_optimization"]) <= known
     assert int(zero.stage) == 3
+
+
+@pytest.mark.parametrize(
+    ("size", "world_size", "ranks_per_node", "fits"),
+    [
+        (1, 3, 2, True),
+        (2, 4, 2, True),
+        (2, 2, 2, True),
+        (2, 3, 2, False),  # one node has fewer
+        (2, 4, 4, False),  # a copy on half a node
+        (4, 8, 2, False),  # a copy over two nodes
+        (8, 4, 4, False),
+    ],
+)
+def test_a_second_copy_of_the_weights_is_a_nodes(
+    size: int, world_size: int, ranks_per_node: int, fits: bool, tmp_path: Path
+) -> None:
+    config = load_config(write(tmp_path, SMALL), [f"zero.hpz_partition_size={size}"])
+    if fits:
+        config.check_hpz(world_size=world_size, ranks_per_node=ranks_per_node)
+        return
+    with pytest.raises(
+        ConfigError, match=f"^zero.hpz_partition_size: {size}, but {ranks_per_node} of"
+    ):
+        config.check_hpz(world_size=world_size, ranks_per_node=ranks_per_node)
 
 
 def test_nothing_left_of_the_loader_imports_torch() -> None:

@@ -1,0 +1,68 @@
+"""Runs of a few steps under other ZeRO-3 knobs, with what they end as."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from nmar_ds.acceptance.measured import (
+    small_engine,
+    state_bytes,
+    train_full_rows,
+)
+from nmar_ds.acceptance.tiny import model_keys
+from nmar_ds.config import RunConfig
+
+VOCAB = 61
+
+
+def run_config(model: dict[str, Any], *, zero: dict[str, Any], **sections: Any) -> RunConfig:
+    training = {"steps": 9, "global_batch_rows": 8} | sections.pop("training", {})
+    return RunConfig.model_validate(
+        {
+            "name": "knobs",
+            "output": "unused",
+            "tokenizer": {"path": "unused"},
+            "data": {"train": ["x"], "heldout": ["x"], "store": "x", "sequence_length": 24},
+            "model": model,
+            "optimizer": {"learning_rate": 0.01},
+            "training": training,
+            # So small that weights are let go after each layer, as those of a large model are.
+            "zero": {"max_live_parameters": 1, "prefetch_bucket_size": 1, **zero},
+            **sections,
+        }
+    )
+
+
+def knob_run(
+    *,
+    zero: dict[str, Any],
+    folder: str | None = None,
+    dtype: str = "float32",
+    micro_batches: int = 7,
+    vocab: int = VOCAB,
+    keys: dict[str, Any] | None = None,
+    **sections: Any,
+) -> dict[str, Any]:
+    """Three optimizer steps of two micro-batches, and half a step. Losses, master weights after them, and bytes of state."""
+    from deepspeed.utils import groups
+
+    # One run makes these groups once; several runs of one process are only met here.
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+    model = {"config": keys or model_keys(False)} if folder is None else {"path": folder}
+    config = run_config({**model, "dtype": dtype}, zero=zero, **sections)
+    engine = small_engine(config, vocab=vocab)
+    losses = train_full_rows(engine, config, vocab=vocab, micro_batches=micro_batches)
+    seconds = [p.ds_secondary_tensor for p in engine.module.parameters()]
+    bytes_of = state_bytes(engine)
+    devices = {str(t.device) for t in engine._engine.optimizer.fp32_partitioned_groups_flat}
+    return {
+        "losses": losses,
+        "weights": {n: v.float().cpu().numpy() for n, v in engine.full_weights().items()},
+        "bytes": bytes_of,
+        "copies": sum(tensor is not None for tensor in seconds),
+        "partitioned": sum(not p.ds_persist for p in engine.module.parameters()),
+        "devices": devices,
+        "finite": bool(np.isfinite(losses).all()),
+    }
