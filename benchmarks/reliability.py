@@ -130,7 +130,10 @@ GOALS = (
         name="G11", count=59, seed="fixed",
         what="6 pickles in checkpoints, 30 hostile paths, 20 shell strings, 3 model folders with "
         "code: nothing of it is run or written outside",
-        tests=("tests/faults/test_security.py",),
+        tests=(
+            "tests/faults/test_security.py",
+            "tests/unit/test_job_scripts.py::test_a_hostile_string_is_a_word_and_nothing_else",
+        ),
     ),
     Goal(
         name="G12", count=200, grows=True, seed="every key",
@@ -139,7 +142,7 @@ GOALS = (
         tests=("tests/unit/test_misspelt_keys.py",),
     ),
     Goal(
-        name="G13", count=3, seed="fixed",
+        name="G13", count=3, seed="fixed, one random hash seed",
         what="other hash seeds, clocks, time zones, locales, folders and umasks: one hash of data, "
         "weights, moments and random state",
         tests=("tests/faults/test_determinism.py",),

@@ -14,11 +14,23 @@ die() { # CODE TEXT
     exit "$1"
 }
 
+whole_number() { # NAME VALUE: ends the job if it is none
+    [[ $2 =~ ^[0-9]{1,9}$ ]] || die 2 "$1: is '$2', expected a whole number"
+}
+
 set_up() { # sets the array nmar_python: the interpreter, inside the container if there is one
+    case "$NMAR_HOME" in
+        *:*) die 2 "$NMAR_HOME: has a colon in its name, where no Python finds it; expected another" ;;
+    esac
+    whole_number NMAR_MAX_FAILURES "${NMAR_MAX_FAILURES:-3}"
+    whole_number NMAR_MAX_INTERRUPTIONS "${NMAR_MAX_INTERRUPTIONS:-10}"
     export PYTHONPATH="$NMAR_HOME${PYTHONPATH:+:$PYTHONPATH}"
     nmar_python=(python3)
     if [ -n "${NMAR_CONTAINER:-}" ]; then
         command -v apptainer > /dev/null || die 2 "NMAR_CONTAINER is set, but there is no apptainer"
+        case "$NMAR_HOME$PWD" in # apptainer takes both for marks in a list of binds
+            *[:,]*) die 2 "$NMAR_HOME or $PWD: has a colon or comma, expected none with NMAR_CONTAINER" ;;
+        esac
         nmar_python=(apptainer exec --nv --bind "$NMAR_HOME" --bind "$PWD" "$NMAR_CONTAINER" python3)
         [ -z "${NMAR_VENV:-}" ] || die 2 "NMAR_VENV and NMAR_CONTAINER are both set, expected one"
     elif [ -n "${NMAR_VENV:-}" ]; then
@@ -49,6 +61,7 @@ learn_output() { # ARGUMENTS: sets nmar_output; a bad configuration ends the job
 
 meeting_place() { # rank 0's host and port; nmar_ds/training/schedulers.py has the same formula
     local nodes
+    whole_number SLURM_JOB_ID "$SLURM_JOB_ID"
     if [ -z "${MASTER_ADDR:-}" ]; then
         nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST") || die 1 "scontrol show hostnames failed"
         MASTER_ADDR=${nodes%%$'\n'*}
@@ -63,7 +76,7 @@ newest() { # the newest checkpoint by name, or "none"
 
 num_alike() { # FILE LINE: append LINE; how many of the last lines are the same
     printf '%s\n' "$2" >> "$1"
-    tac -- "$1" | awk -v line="$2" '$0 != line { exit } { n++ } END { print n }'
+    tac -- "$1" | nmar_line=$2 awk '$0 != ENVIRON["nmar_line"] { exit } { n++ } END { print n + 0 }'
 }
 
 job_state() {

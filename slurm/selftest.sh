@@ -18,14 +18,20 @@ set -uo pipefail
 
 fail() { printf 'error: %s\n' "$1" >&2; exit 2; }
 
-# Slurm runs a copy of this script from its spool: the folder it was submitted from is the tree.
-if [[ -n ${SLURM_JOB_ID:-} ]]; then
-    cd -- "${SLURM_SUBMIT_DIR:?}" || exit 2
-else
-    cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." || exit 2
-fi
-[[ -f launcher/selftest.py ]] || fail "$PWD: has no launcher/selftest.py, expected to be submitted from the repository's root"
+find_home() { # Slurm runs a copy of this script from a spool folder, so the project is looked for
+    local place
+    for place in "${NMAR_HOME:-}" "$(dirname -- "${BASH_SOURCE[0]}")/.." \
+        "${SLURM_SUBMIT_DIR:-.}" "${SLURM_SUBMIT_DIR:-.}/.."; do
+        if [ -n "$place" ] && [ -r "$place/slurm/lib.sh" ]; then
+            NMAR_HOME=$(cd -- "$place" && pwd) && export NMAR_HOME && return
+        fi
+    done
+    fail "slurm/lib.sh not found; submit from the project's folder or set NMAR_HOME"
+}
 
+case "${1:-}" in
+    -h | --help) sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+esac
 ranks=1 output=runs/selftest phases=preflight,isolation,exactness,resume,bandwidth more=()
 while (($#)); do
     [[ $1 == -* && $# -ge 2 ]] || fail "$1: expected pairs such as --output DIR (or a value is missing)"
@@ -46,18 +52,17 @@ for name in "${names[@]}"; do
         *) fail "--phases: $name is none of preflight, isolation, exactness, resume, bandwidth" ;;
     esac
 done
+find_home
+cd -- "$NMAR_HOME" || exit 2
+# shellcheck source=slurm/lib.sh
+. slurm/lib.sh
+set_up
+python=("${nmar_python[@]}")
 if [[ -n ${PYTHON:-} ]]; then
     python=("$PYTHON")
-elif [[ -n ${NMAR_VENV:-}${NMAR_CONTAINER:-} && -f slurm/lib.sh ]]; then
-    export NMAR_HOME=$PWD
-    # shellcheck disable=SC1091,SC2154 # it sets nmar_python
-    source slurm/lib.sh && set_up && python=("${nmar_python[@]}")
-elif [[ -x .venv/bin/python ]]; then
+elif [[ -z ${NMAR_VENV:-}${NMAR_CONTAINER:-} && -x .venv/bin/python ]]; then
     python=(.venv/bin/python)
-else
-    python=(python3)
 fi
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 launch() { # <phase>: one process per rank
     local -a command=(launcher/selftest.py --output "$output" --phases "$1" --no-summary "${more[@]}")

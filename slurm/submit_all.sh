@@ -4,12 +4,13 @@
 #   slurm/submit_all.sh [flags of sbatch for training] -- --config configs/FILE.yaml [a.b=c ...] \
 #       [-- options of the examination]
 #
-# Prints the job ids. Training may be requeued any number of times: the others wait for its end, and
-# are cancelled if it fails. Partition and account for all: SBATCH_PARTITION, SBATCH_ACCOUNT.
+# Prints the job ids; where one job is not accepted, those before it are cancelled. Training may be
+# requeued any number of times: the others wait for its end, and are cancelled if it fails.
+# Partition and account for all: SBATCH_PARTITION, SBATCH_ACCOUNT.
 set -euo pipefail
 
 case "${1:---help}" in
-    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h | --help) sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
 esac
 flags=()
 while [ "$#" -gt 0 ] && [ "$1" != -- ]; do
@@ -29,20 +30,31 @@ done
 NMAR_HOME=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 export NMAR_HOME
 
-submit() { # NAME FLAGS-AND-SCRIPT: prints the id
-    local name=$1 id
-    shift
-    id=$(sbatch --parsable "$@")
-    printf '%-9s job %s\n' "$name" "${id%%;*}" >&2
-    printf '%s\n' "${id%%;*}"
+submitted=()
+withdraw() { # a chain that cannot be submitted whole is not left half submitted
+    [ "$?" -ne 0 ] && [ "${#submitted[@]}" -gt 0 ] || return 0
+    echo "error: not all jobs were accepted (see above); cancelling ${submitted[*]}" >&2
+    scancel "${submitted[@]}"
 }
-after() { printf -- '--dependency=afterok:%s' "$1"; }
+trap withdraw EXIT
 
-prepare=$(submit prepare "$NMAR_HOME/slurm/prepare_traces.sh" "${settings[@]}")
-train=$(submit train "$(after "$prepare")" --kill-on-invalid-dep=yes "${flags[@]}" \
-    "$NMAR_HOME/slurm/train_msft.sh" "${settings[@]}")
-export=$(submit export "$(after "$train")" --kill-on-invalid-dep=yes \
-    "$NMAR_HOME/slurm/export.sh" "${settings[@]}")
-evaluate=$(submit evaluate "$(after "$export")" --kill-on-invalid-dep=yes \
-    "$NMAR_HOME/slurm/evaluate.sh" "$@")
-printf '%s\n' "$prepare" "$train" "$export" "$evaluate"
+submit() { # NAME FLAGS-AND-SCRIPT: sets nmar_id
+    local name=$1 answer
+    shift
+    answer=$(sbatch --parsable "$@")
+    nmar_id=${answer%%;*}
+    [[ $nmar_id =~ ^[0-9]+$ ]] || { echo "error: sbatch answered '$answer', expected a job id" >&2; exit 1; }
+    submitted+=("$nmar_id")
+    printf '%-9s job %s\n' "$name" "$nmar_id" >&2
+}
+follow() { # NAME FLAGS-AND-SCRIPT: after the latest one, and cancelled if that fails
+    local name=$1
+    shift
+    submit "$name" "--dependency=afterok:$nmar_id" --kill-on-invalid-dep=yes "$@"
+}
+
+submit prepare "$NMAR_HOME/slurm/prepare_traces.sh" "${settings[@]}"
+follow train "${flags[@]}" "$NMAR_HOME/slurm/train_msft.sh" "${settings[@]}"
+follow export "$NMAR_HOME/slurm/export.sh" "${settings[@]}"
+follow evaluate "$NMAR_HOME/slurm/evaluate.sh" "$@"
+printf '%s\n' "${submitted[@]}"

@@ -42,6 +42,7 @@ learn_output "$@"
 meeting_place
 say "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}: ${SLURM_NTASKS:-1} tasks on $SLURM_JOB_NODELIST, meeting at $MASTER_ADDR:$MASTER_PORT, newest checkpoint $(newest)"
 
+[ ! -L "$nmar_output/slurm" ] || die 2 "$nmar_output/slurm: is a link, expected a folder or nothing: not requeued"
 export NMAR_EXIT_CODES="$nmar_output/slurm/job-$SLURM_JOB_ID/codes-${SLURM_RESTART_COUNT:-0}"
 mkdir -p -- "$NMAR_EXIT_CODES" || die 2 "cannot write $nmar_output: not requeued"
 

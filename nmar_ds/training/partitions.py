@@ -279,6 +279,7 @@ def _headers(path: Path) -> Any:
 
 def _load(path: Path) -> Any:
     # The engine room lists which types a file may name.
+    from nmar_ds.training import engine  # noqa: F401
     from nmar_ds.training.plain_data import not_plain_data
 
     try:

@@ -103,7 +103,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(ROOT)]
     from launcher import preflight as launched
 
-    if os.environ["RANK"] == os.environ["FAULT_RANK"]:
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID")) == os.environ["FAULT_RANK"]:
         plant(os.environ["FAULT"])
     code = launched.main()
     sys.stdout.flush()

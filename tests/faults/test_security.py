@@ -1,6 +1,6 @@
 """Hostile checkpoints, names and model folders: nothing of it is run, nothing written outside.
 
-Shell strings have a file of their own (tests/unit/test_shell_strings.py): they need no ranks.
+Shell strings have a file of their own (tests/unit/test_job_scripts.py): they need no ranks.
 """
 
 from __future__ import annotations

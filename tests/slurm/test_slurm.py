@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -132,6 +133,38 @@ def test_bad_input_found_by_the_ranks_is_never_requeued(
     facts = job.end()
     assert (facts["ExitCode"], facts["Restarts"]) == ("2:0", "0"), job.said()
     assert "5 ranks are asked for, 2 started" in job.said()
+
+
+def test_preflight_lets_good_nodes_train_and_names_a_bad_one(
+    cluster: Cluster, config_file: Path, digest: str, tmp_path: Path
+) -> None:
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin/python"  # puts the faulty double in preflight's place
+    double = ROOT / "tests/distributed/preflight_faults.py"
+    python.write_text(
+        f'#!/usr/bin/env bash\n[[ $1 != */preflight.py ]] || set -- "{double}" "${{@:2}}"\n'
+        f'exec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    ends = {}
+    for name, fault in (("good", "none"), ("bad", "wrong")):
+        log, run = config_file.parent / f"{name}.log", config_file.parent / f"preflight-{name}"
+        job = cluster.sbatch(
+            *TWO_TASKS, f"--output={log}", TRAIN, "--config", str(config_file), f"output={run}",
+            NMAR_VENV=str(tmp_path), NMAR_PREFLIGHT="1", NMAR_MAX_FAILURES="1", FAULT=fault,
+            FAULT_RANK="1", PYTHONPATH=str(ROOT),
+        )  # fmt: skip
+        facts = cluster.wait(job, log)
+        ends[name] = (facts["JobState"], facts["ExitCode"], log.read_text())
+        assert (run / "preflight.json").exists(), ends
+    assert ends["good"][:2] == ("COMPLETED", "0:0"), ends["good"]
+    assert "preflight failed" not in ends["good"][2]
+    assert digest_of(config_file.parent / "preflight-good") == digest
+    assert ends["bad"][:2] == ("FAILED", "3:0"), ends["bad"]
+    said = ends["bad"][2]
+    assert re.search(r"^bad node bad-host .*products: 3 wrong", said, re.MULTILINE), said
+    assert "slurm: preflight failed with 1" in said and "model " not in said, said
+    assert not (config_file.parent / "preflight-bad/checkpoints").exists()
 
 
 def test_ranks_of_three_nodes_with_uneven_tasks(cluster: Cluster) -> None:
