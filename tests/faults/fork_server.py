@@ -57,7 +57,8 @@ class ForkServer:
             user: id to become, where this process is root.
             watch: folder and number of the attempt, for `history`.
             broken: a name of `broken.BREAKS`, to see a proof fail.
-            struck: `signal` by name, to `ranks`, after `seconds`, from outside.
+            struck: `signal` by name, to `ranks`, after `seconds`, from outside; `after` is a file
+                whose appearance starts the clock.
             impatient: end the other ranks some seconds after the first that failed, as launchers
                 do; always so where they are struck.
 
@@ -133,10 +134,13 @@ def _run(request: dict[str, Any], config: str, folder: Path) -> dict[str, Any]:
     codes: dict[int, int] = {}
     started, ends = time.monotonic(), []
     struck, overdue = request["struck"], False
+    since = None if struck is not None and "after" in struck else started
     while len(codes) < len(pids):
         now = time.monotonic()
         left = [rank for rank in ranks if rank not in codes]
-        if struck is not None and now - started > struck["seconds"]:
+        if since is None and Path(struck["after"]).exists():
+            since = now
+        if struck is not None and since is not None and now - since > struck["seconds"]:
             for rank in set(left) & set(struck["ranks"]):
                 os.kill(pids[rank], signal.Signals[struck["signal"]])
             struck = None

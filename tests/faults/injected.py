@@ -3,8 +3,8 @@
 A fault is a mapping:
     rank: who suffers it
     where: planning | building | evaluation | boundary (before a step) | forward | backward
-        | optimizer | point | half_file | nonfinite (that rank's gradient, for a step; `how` is not
-        needed)
+        | optimizer | point | half_file | nonfinite (that rank's gradient, times `value`, nan
+        or inf, for `num` steps; `how` is not needed)
     step: optimizer step (1-based) or, in a save, the steps done; the number of the evaluation
     point: name given to `checkpoints.reached`, for `where: point`
     how: kill | sleep | full, or names of signals the rank sends itself ("SIGTERM", "SIGINT SIGINT")
@@ -133,7 +133,8 @@ def _in_step(fault: dict[str, Any]) -> None:
     backward = Engine.backward
 
     def backward_of_nan(self: Any, loss: Any) -> None:
-        backward(self, loss * float("nan") if now["step"] == fault["step"] else loss)
+        bad = fault["step"] <= (now["step"] or 0) < fault["step"] + fault.get("num", 1)
+        backward(self, loss * float(fault.get("value", "nan")) if bad else loss)
 
     if fault["where"] == "optimizer":
         register_optimizer_step_post_hook(after_optimizer)
