@@ -3,7 +3,8 @@
     python launcher/export.py --run runs/quickstart --output runs/quickstart/export
 
 Takes the newest valid checkpoint of the run (every file's checksum is read first) unless --step
-names one. Exit codes: 0 done, 2 bad input.
+names one, whatever the number of ranks that saved it. Weights are streamed: a machine with little
+memory exports any model. Exit codes: 0 done, 2 bad input.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an earlier export at --output"
     )
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE",
+        help="of a weight file, 5GB or 500MB (default: %(default)s); memory does not depend on it",
+    )  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -41,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
                 arguments.output,
                 step=arguments.step,
                 overwrite=arguments.overwrite,
+                max_shard_size=arguments.max_shard_size,
             )
         )
         return 0

@@ -7,10 +7,11 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
@@ -22,31 +23,43 @@ from nmar_ds.traces.encoding import Tokenizer, assert_parity, load_tokenizer
 from nmar_ds.traces.records import Record, read_records
 from nmar_ds.training.checkpoints import Found, find_newest, folder_name, verify
 
+if TYPE_CHECKING:
+    from nmar_ds.training.weights_out import Weights
+
 NUM_PARITY_RECORDS = 200  # per held-out file
-MODEL_PREFIX = "lm."  # the model's name inside UndoTrainingModel
+MAX_SHARD_SIZE = "5GB"
 
 
 def export_checkpoint(
-    run: Path, output: Path, *, step: int | None = None, overwrite: bool = False
+    run: Path,
+    output: Path,
+    *,
+    step: int | None = None,
+    overwrite: bool = False,
+    max_shard_size: str = MAX_SHARD_SIZE,
 ) -> str:
-    """Export one checkpoint of a run.
+    """Export one checkpoint of a run, whatever the number of ranks that saved it.
+
+    The weights are streamed: memory does not grow with the model (benchmarks/export_memory.py).
 
     Args:
         run: the run's folder.
         output: folder to write; written aside and renamed, so it is whole or absent.
         step: which checkpoint; None takes the newest valid one.
         overwrite: replace an earlier export.
+        max_shard_size: of a weight file, as `5GB` or `500MB`.
 
     Returns:
         One line that says what was written.
 
     Raises:
         CheckpointError: no such checkpoint, or it is damaged.
-        ConfigError: `output` exists.
+        ConfigError: `output` exists, or `max_shard_size` is no size.
         VocabularyError: the run's tokenizer is not the one it was trained with.
         TraceError: a held-out text that the exported tokenizer encodes differently.
         FolderError: `output` cannot be written; an earlier export there is untouched.
     """
+    check_shard_size(max_shard_size)
     found = _choose(run / "checkpoints", step)
     from nmar_ds.traces.parity import CheckedTokenizer, check_records
 
@@ -67,7 +80,7 @@ def export_checkpoint(
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
-        num_weights = _write_model(found, aside)
+        weights = _write_model(found, aside, max_shard_size)
         _write_tokenizer(tokenizer, run / "tokenizer", facts, aside)
         assert_parity(tokenizer, aside, ())
         check_records(CheckedTokenizer(tokenizer, aside), _sample_records(run))
@@ -84,7 +97,21 @@ def export_checkpoint(
         raise FolderError(no_room(error, output, size)) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return f"exported  {found.folder} ({num_weights:,} weights, {facts['dtype']}) to {output}"
+    return (
+        f"exported  {found.folder} ({weights.num_weights:,} weights, {facts['dtype']}, "
+        f"{weights.num_shards} files) to {output}"
+    )
+
+
+def check_shard_size(text: str) -> str:
+    """A size as `5GB` or `500MB`.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if re.fullmatch(r"[1-9]\d*(\.\d+)?(KB|MB|GB|TB)", text) is None:
+        raise ConfigError(f"--max-shard-size: is {text!r}, expected a size as 5GB or 500MB")
+    return text
 
 
 def _sample_records(run: Path) -> Iterator[Record]:
@@ -118,9 +145,9 @@ def full_state(found: Found) -> dict[str, Any]:
     Raises:
         CheckpointError: a file of it is no plain data.
     """
-    # Before torch and DeepSpeed: the engine room sets the process up for safe loading.
-    from nmar_ds.training import engine  # noqa: F401
+    # The engine room, which this imports, sets the process up for safe loading.
     from nmar_ds.training.plain_data import check_plain_data
+    from nmar_ds.training.weights_out import MODEL_PREFIX
 
     assert os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] == "1"
     check_plain_data(found.folder)
@@ -135,11 +162,27 @@ def full_state(found: Found) -> dict[str, Any]:
     return {name.removeprefix(MODEL_PREFIX): tensor.detach() for name, tensor in state.items()}
 
 
-def _write_model(found: Found, folder: Path) -> int:
+def _write_model(found: Found, folder: Path, max_shard_size: str) -> Weights:
+    from nmar_ds.training import weights_out
+
+    model = weights_out.empty_model(found)
+    if weights_out.is_stored_as_it_is(model):
+        return weights_out.write_weights(found, model, folder, max_shard_size=max_shard_size)
+    print(
+        f"{model.config.model_type}: transformers stores its weights by other names or shapes than "
+        "it trains, so the whole model is held in memory for the export"
+    )
+    return write_in_memory(found, folder, max_shard_size)
+
+
+def write_in_memory(found: Found, folder: Path, max_shard_size: str) -> Weights:
+    """The weights by transformers' own `save_pretrained`, which holds the whole model."""
     state = full_state(found)
     import torch
     import transformers
     from transformers.utils import logging
+
+    from nmar_ds.training.weights_out import Weights
 
     logging.disable_progress_bar()
     keys = dict(found.manifest["model_config"])
@@ -154,8 +197,9 @@ def _write_model(found: Found, folder: Path) -> int:
     if wrong:
         raise CheckpointError(f"{found.folder}: weights do not fit the model: {sorted(wrong)[:5]}")
     model.tie_weights()
-    model.save_pretrained(folder)
-    return sum(parameter.numel() for parameter in model.parameters())
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    num_weights = sum(parameter.numel() for parameter in model.parameters())
+    return Weights(num_weights, len(list(folder.glob("*.safetensors"))))
 
 
 def _write_tokenizer(
