@@ -117,22 +117,47 @@ class UndoSection(Section):
 class TraceSection(Section):
     """How records become traces."""
 
-    builder: Literal["given", "random", "hard"] = "given"
-    """`given`: as the records say; `random`: uniform vocabulary; `hard`: plausible wrong values."""
+    builder: Literal["given", "random", "hard", "pairs", "retry", "weak_retry", "on_policy"] = (
+        "given"
+    )
+    """`given`: as the records say; `random`: uniform vocabulary; `hard`: plausible wrong values;
+    `pairs`: the rejected response; `retry`: a step that cannot be taken yet; `weak_retry`: any
+    later step; `on_policy`: a model's own samples (docs/records.md)."""
     per_record: PositiveInt = 1
     """Traces made of each record, each with deviations of its own."""
     clean_share: Fraction = 0.2
-    """Share of the traces that get no deviation (`random` and `hard`)."""
+    """Share of the traces that get no deviation (all builders but `given`)."""
     max_deviations: PositiveInt = 2
-    """A trace that is not clean has 1 to this many deviations, uniformly."""
+    """A trace that is not clean has 1 to this many deviations, uniformly (`random`, `hard`), or at
+    most this many of its sample's (`on_policy`)."""
     max_deviation_length: PositiveInt = 6
-    """Wrong tokens, drawn uniformly from 1 to this; right ones that `span` or `reset` moves into
-    the deviation come on top."""
+    """Wrong tokens, drawn uniformly from 1 to this (`random`, `hard`); right ones that `span` or
+    `reset` moves into the deviation come on top."""
+    retry_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Probability of a retry before each step, and again after one (`retry`, `weak_retry`)."""
+    delay: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] | None = None
+    """`[from, to]`: tokens that a deviation goes on for after its first wrong one, uniformly;
+    null leaves it whole (`pairs`, `retry`, `weak_retry`, `on_policy`)."""
+    verify: bool = False
+    """Whether a sample counts as wrong only if the record's `answer` proves it (`on_policy`)."""
 
     @model_validator(mode="after")
     def _given_once(self) -> TraceSection:
         if self.builder == "given" and self.per_record != 1:
             raise ValueError("`given` makes one trace of a record, so `per_record` must be 1")
+        return self
+
+    @model_validator(mode="after")
+    def _where_they_mean_something(self) -> TraceSection:
+        if self.delay is not None and self.builder in ("given", "random", "hard"):
+            raise ValueError(
+                f"`delay` means nothing to `{self.builder}`, expected pairs, retry, weak_retry or "
+                "on_policy; what random and hard draw is bounded by `max_deviation_length`"
+            )
+        if self.delay is not None and self.delay[0] > self.delay[1]:
+            raise ValueError(f"`delay` is {list(self.delay)}, expected [from, to], from <= to")
+        if self.verify and self.builder != "on_policy":
+            raise ValueError(f"`verify` means nothing to `{self.builder}`, expected on_policy")
         return self
 
 

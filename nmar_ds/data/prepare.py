@@ -11,6 +11,7 @@ from nmar_ds.config import RunConfig
 from nmar_ds.data.store import read_manifest
 from nmar_ds.errors import ConfigError, NoUndoTokenError, StoreError
 from nmar_ds.files import sha256_file
+from nmar_ds.traces.building import BuilderSettings
 from nmar_ds.traces.chat import ChatTemplate
 from nmar_ds.traces.encoding import Tokenizer, add_undo, load_tokenizer, train_sentencepiece
 from nmar_ds.traces.json_vocabulary import JsonVocabulary
@@ -137,6 +138,22 @@ def prepare_run(config: RunConfig) -> Iterator[str]:
             yield f"parity    {compared.num_texts:,} texts equal in tokenizer.json"
 
 
+def builder_settings(config: RunConfig) -> BuilderSettings:
+    """Where a run's deviations come from."""
+    section = config.data.traces
+    return BuilderSettings(
+        name=section.builder,
+        traces_per_record=section.per_record,
+        clean_share=section.clean_share,
+        max_deviations=section.max_deviations,
+        max_deviation_length=section.max_deviation_length,
+        retry_rate=section.retry_rate,
+        delay=section.delay,
+        verify=section.verify,
+        seed=config.seed,
+    )
+
+
 def _prepare_stores(
     config: RunConfig, tokenizer: Tokenizer, chat: ChatTemplate | None
 ) -> Iterator[str]:
@@ -145,19 +162,13 @@ def _prepare_stores(
         if _up_to_date(folder, asked_settings(config, part), tokenizer.fingerprint, chat):
             yield f"{part:9} {folder}: up to date"
             continue
-        section = config.data.traces
         manifest = prepare_store(
             [Path(source) for source in getattr(config.data, part)],
             folder,
             tokenizer,
-            builder=section.builder,
-            traces_per_record=section.per_record,
-            clean_share=section.clean_share,
-            max_deviations=section.max_deviations,
-            max_deviation_length=section.max_deviation_length,
+            builder=builder_settings(config),
             max_length=config.data.sequence_length,
             overlong=config.data.overlong,
-            seed=config.seed,
             semantics=config.undo.semantics,
             boundaries=config.undo.boundaries,
             context=config.context,

@@ -22,6 +22,7 @@ from nmar_ds.inference.metrics import Rate
 from nmar_ds.inference.probes import Probe, Problem, make_probes, select
 from nmar_ds.inference.rendering import response_text, without_undos
 from nmar_ds.inference.scoring import UndoScores, score_undo
+from nmar_ds.traces.answers import answered
 from nmar_ds.traces.encoding import Tokenizer
 from nmar_ds.traces.reduction import survivors
 from nmar_ds.traces.schema import IdArray
@@ -158,7 +159,7 @@ class _Family:
     def _right(self, problem: Problem, decoded: Decoded, ids: IdArray | None = None) -> bool:
         """Whether a response is right; `ids` stands in for the reduced ones (the raw reading)."""
         text = self._text(problem, decoded.reduced_ids if ids is None else ids)
-        return metrics.answered(
+        return answered(
             text,
             stopped=decoded.stop_reason == "eos",
             reference=problem.reference,

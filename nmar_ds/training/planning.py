@@ -123,7 +123,7 @@ def asked_settings(config: RunConfig, part: str) -> dict[str, Any]:
         "data.overlong": config.data.overlong,
         f"data.{part}": [str(Path(source)) for source in getattr(config.data, part)],
         "data.chat": None if config.data.chat is None else config.data.chat.model_dump(),
-        **{f"data.traces.{name}": value for name, value in traces.model_dump().items()},
+        **{f"data.traces.{name}": value for name, value in traces.model_dump(mode="json").items()},
     }
 
 
@@ -148,6 +148,10 @@ def made_settings(manifest: dict[str, Any]) -> dict[str, Any]:
         "data.traces.clean_share": builder["clean_share"],
         "data.traces.max_deviations": builder["max_deviations"],
         "data.traces.max_deviation_length": builder["max_deviation_length"],
+        # Stores of before these keys were built as their defaults say.
+        "data.traces.retry_rate": builder.get("retry_rate", 0.1),
+        "data.traces.delay": builder.get("delay"),
+        "data.traces.verify": builder.get("verify", False),
     }
 
 

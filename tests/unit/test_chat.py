@@ -12,6 +12,7 @@ import tokenizers
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_stores import prepare_store
 from tiny_tokenizers import corpus, write_bpe
 from tokenizers import decoders, models, normalizers, trainers
 
@@ -21,7 +22,6 @@ from nmar_ds.inference.exported import ExportSettings, chat_of
 from nmar_ds.inference.generation import encode_prompt
 from nmar_ds.traces.chat import ChatTemplate, TemplateError
 from nmar_ds.traces.encoding import Tokenizer, add_undo, load_tokenizer
-from nmar_ds.traces.prepare import prepare_store
 from nmar_ds.traces.records import parse_line
 from nmar_ds.traces.schema import Role
 from nmar_ds.traces.turns import encode_record

@@ -9,7 +9,6 @@ from nmar_ds.inference.metrics import (
     Pops,
     Rate,
     Recovery,
-    answered,
     auroc,
     detection_latency,
     first_wrong,
@@ -21,6 +20,7 @@ from nmar_ds.inference.metrics import (
     transitions,
     wilson,
 )
+from nmar_ds.traces.answers import answered
 from nmar_ds.traces.reduction import Machine
 
 U, EOS = 99, 2

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiny_stores import prepare_store
 from tiny_tokenizers import sums
 
 from nmar_ds.data.store import Store
 from nmar_ds.errors import ConfigError, TraceError
 from nmar_ds.traces import reduction
 from nmar_ds.traces.encoding import Tokenizer
-from nmar_ds.traces.prepare import prepare_store
 from nmar_ds.traces.schema import Role
 
 Write = Callable[..., Path]
@@ -172,7 +172,11 @@ def test_undo_count_of_id_records_is_checked(
         ({"boundaries": ["."]}, "boundary ids under semantics 'token', expected"),
         ({"semantics": "span", "boundaries": [".", "1\n1"]}, "undo.boundaries: '1\\n1': no token"),
         ({"context": "pruned"}, "context: 'pruned', expected linear"),
-        ({"builder": "on_policy"}, "builder: 'on_policy'"),
+        ({"builder": "on_policie"}, "builder: 'on_policie', expected given or random"),
+        ({"builder": "retry", "retry_rate": 0.0}, "retry_rate: 0.0, expected above 0"),
+        ({"builder": "retry", "delay": (3, 2)}, "delay: [3, 2], expected [from, to]"),
+        ({"builder": "hard", "delay": (0, 2)}, "delay: with builder 'hard', expected pairs, retry"),
+        ({"builder": "pairs", "verify": True}, "verify: with builder 'pairs', expected on_policy"),
         ({"overlong": "cut"}, "overlong: 'cut', expected error or drop"),
         ({"clean_share": 1.5}, "clean_share: 1.5, expected 0 to 1"),
         ({"clean_share": float("nan")}, "clean_share: nan"),

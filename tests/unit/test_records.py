@@ -19,6 +19,10 @@ GOOD: list[dict[str, object]] = [
     {"reference": "2"},
     {"prompt": "", "reference": "2", "id": "a", "group": "g", "answer": "2"},
     {"prompt": "p", "reference": "abc", "deviations": [{"at": 0, "text": "x"}, {"at": 3, "text": "y"}]},
+    {"prompt": "p", "reference": "abc", "sampled_with": "f",
+     "samples": [{"ids": [1, 2]}, {"ids": [], "stopped": False}]},
+    {"prompt": "p", "steps": [{"text": "a"}, {"text": "b", "depends_on": [0]}], "answer": "b"},
+    {"prompt": "p", "chosen": "a", "rejected": "b"},
     {"segments": [{"role": "prompt", "text": "q"}, {"role": "prefix", "text": "a"},
                   {"role": "deviation", "text": "x"}, {"role": "deviation", "text": "z"},
                   {"role": "correction", "text": "b"}, {"role": "prompt", "text": "r"},
@@ -35,6 +39,33 @@ def segments(*pieces: tuple[object, object], key: str = "text") -> str:
 
 BAD: list[tuple[str | bytes, str, str]] = [
     # line, field, part of the message
+    ('{"prompt": "p", "chosen": "a"}', "rejected", "missing"),
+    ('{"prompt": "p", "rejected": "a"}', "chosen", "missing"),
+    ('{"prompt": "p", "chosen": "a", "rejected": "a"}', "rejected", "says what `chosen` says"),
+    ('{"prompt": "p", "chosen": "a", "rejected": ""}', "rejected", "empty"),
+    ('{"prompt": "p", "chosen": "a", "rejected": "b", "reference": "a"}', "record", "unknown field"),
+    ('{"prompt": "p", "steps": []}', "steps", "empty"),
+    ('{"prompt": "p", "steps": ["a"]}', "steps[0]", "is a string"),
+    ('{"prompt": "p", "steps": [{"depends_on": []}]}', "steps[0].text", "missing"),
+    ('{"prompt": "p", "steps": [{"text": ""}]}', "steps[0].text", "empty"),
+    ('{"prompt": "p", "steps": [{"text": "a", "depends_on": [0]}]}', "steps[0].depends_on[0]",
+     "0 is no earlier step"),
+    ('{"prompt": "p", "steps": [{"text": "a"}, {"text": "b", "depends_on": [1]}]}',
+     "steps[1].depends_on[0]", "1 is no earlier step"),
+    ('{"prompt": "p", "steps": [{"text": "a"}, {"text": "b", "depends_on": [2]}]}',
+     "steps[1].depends_on[0]", "2 is out of range"),
+    ('{"prompt": "p", "steps": [{"text": "a", "needs": [0]}]}', "steps[0]", "unknown field"),
+    ('{"reference": "a", "samples": [{"ids": [1]}]}', "sampled_with", "missing"),
+    ('{"reference": "a", "sampled_with": "f"}', "samples", "missing"),
+    ('{"reference": "a", "sampled_with": "f", "samples": []}', "samples", "empty"),
+    ('{"reference": "a", "sampled_with": "f", "samples": [[1]]}', "samples[0]", "is a list"),
+    ('{"reference": "a", "sampled_with": "f", "samples": [{}]}', "samples[0].ids", "missing"),
+    ('{"reference": "a", "sampled_with": "f", "samples": [{"ids": [-1]}]}', "samples[0].ids[0]",
+     "-1 is out of range"),
+    ('{"reference": "a", "sampled_with": "f", "samples": [{"ids": [], "stopped": 1}]}',
+     "samples[0].stopped", "is an integer"),
+    ('{"reference": "ab", "deviations": [{"at": 1, "text": "x"}], "sampled_with": "f", '
+     '"samples": [{"ids": [1]}]}', "samples", "beside `deviations`"),
     ("", "record", "blank line"),
     ("   ", "record", "blank line"),
     ("[]", "record", "is a list"),
@@ -147,16 +178,22 @@ def test_there_are_enough_bad_lines() -> None:
 
 def test_good_lines() -> None:
     records = [parse_line(json.dumps(r).encode(), path="f", line=n) for n, r in enumerate(GOOD)]
-    assert [len(record.turns) for record in records] == [1, 1, 1, 1, 2, 0]
-    assert [record.marked for record in records] == [False, False, False, True, True, True]
+    assert [len(record.turns) for record in records] == [1, 1, 1, 1, 1, 1, 1, 2, 0]
+    assert [record.marked for record in records] == [
+        False, False, False, True, False, False, False, True, True
+    ]  # fmt: skip
     assert (records[2].id, records[2].group, records[2].answer) == ("a", "g", "2")
     assert (records[0].group, records[0].answer) == ("", None)
     assert records[3].turns[0].deviations == ((0, "x"), (3, "y"))
-    first, second = records[4].turns
+    assert [s.ids.tolist() for s in records[4].samples] == [[1, 2], []]
+    assert [s.stopped for s in records[4].samples] == [True, False]
+    assert records[5].turns[0].reference == "ab" and records[5].steps[1].depends_on == (0,)
+    assert (records[6].turns[0].reference, records[6].rejected) == ("a", "b")
+    first, second = records[7].turns
     assert (first.prompt, first.reference, first.deviations) == ("q", "ab", ((1, "x"), (1, "z")))
     assert (second.prompt, second.reference, second.deviations) == ("r", "c", ((0, "y"),))
-    assert [segment.role for segment in records[5].segments] == list(Role)
-    assert records[5].segments[2].ids.tolist() == [4, 5]
+    assert [segment.role for segment in records[8].segments] == list(Role)
+    assert records[8].segments[2].ids.tolist() == [4, 5]
 
 
 def test_last_line_may_lack_its_end_and_crlf_is_white_space(tmp_path: Path) -> None:

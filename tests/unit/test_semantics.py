@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_builders import deviating, ids_record, record_of, records_and_pool, text_turns
+from tiny_stores import prepare_store
 from tiny_tokenizers import sums
 
 from nmar_ds.data.store import Store
@@ -22,7 +23,6 @@ from nmar_ds.traces.assembly import Deviation, Turn, assemble, check, move_start
 from nmar_ds.traces.boundaries import boundary_ids, machine_of
 from nmar_ds.traces.builders import encode_record, trace_of_ids
 from nmar_ds.traces.encoding import Tokenizer
-from nmar_ds.traces.prepare import prepare_store
 from nmar_ds.traces.reduction import Machine
 from nmar_ds.traces.schema import Role, Trace
 
