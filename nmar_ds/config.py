@@ -135,7 +135,7 @@ class TraceSection(Section):
     `reset` moves into the deviation come on top."""
     retry_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Probability of a retry before each step, and again after one (`retry`, `weak_retry`)."""
-    delay: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] | None = None
+    delay: tuple[int, int] | None = None
     """`[from, to]`: tokens that a deviation goes on for after its first wrong one, uniformly;
     null leaves it whole (`pairs`, `retry`, `weak_retry`, `on_policy`)."""
     verify: bool = False
@@ -147,6 +147,11 @@ class TraceSection(Section):
             raise ValueError("`given` makes one trace of a record, so `per_record` must be 1")
         return self
 
+    @field_validator("delay", mode="before")
+    @classmethod
+    def _list_of_two(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value  # YAML has no tuples
+
     @model_validator(mode="after")
     def _where_they_mean_something(self) -> TraceSection:
         if self.delay is not None and self.builder in ("given", "random", "hard"):
@@ -154,8 +159,8 @@ class TraceSection(Section):
                 f"`delay` means nothing to `{self.builder}`, expected pairs, retry, weak_retry or "
                 "on_policy; what random and hard draw is bounded by `max_deviation_length`"
             )
-        if self.delay is not None and self.delay[0] > self.delay[1]:
-            raise ValueError(f"`delay` is {list(self.delay)}, expected [from, to], from <= to")
+        if self.delay is not None and not 0 <= self.delay[0] <= self.delay[1]:
+            raise ValueError(f"`delay` is {list(self.delay)}, expected [from, to], 0 <= from <= to")
         if self.verify and self.builder != "on_policy":
             raise ValueError(f"`verify` means nothing to `{self.builder}`, expected on_policy")
         return self

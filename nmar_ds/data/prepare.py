@@ -97,6 +97,12 @@ def ready_tokenizer(config: RunConfig) -> tuple[Tokenizer, str]:
         return tokenizer, f"{config.undo.token} {how} id {tokenizer.undo_id}"
 
 
+def chat_template(config: RunConfig, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """What a run puts around its prompts."""
+    asked = config.data.chat
+    return None if asked is None else ChatTemplate(tokenizer, system=asked.system)
+
+
 def _up_to_date(
     folder: Path, settings: dict[str, object], fingerprint: str, chat: ChatTemplate | None
 ) -> bool:
@@ -127,8 +133,7 @@ def prepare_run(config: RunConfig) -> Iterator[str]:
                 raise StoreError(f"data.{part}: {source}: no such file")
     tokenizer, origin = ready_tokenizer(config)
     yield f"tokenizer {config.tokenizer.path}: {tokenizer.size} ids, {origin}"
-    asked = config.data.chat
-    chat = None if asked is None else ChatTemplate(tokenizer, system=asked.system)
+    chat = chat_template(config, tokenizer)
     if isinstance(tokenizer, JsonVocabulary):  # exported as it is: nothing to compare
         yield from _prepare_stores(config, tokenizer, chat)
         return

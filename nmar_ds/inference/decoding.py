@@ -80,6 +80,7 @@ class _Rules:
     temperature: float
     top_p: float
     seed: int
+    banned_ids: tuple[int, ...]
 
 
 def decode(
@@ -99,6 +100,8 @@ def decode(
     seed: int = 0,
     forced: Sequence[IdArray] | None = None,
     batch_size: int = 128,
+    banned_ids: Sequence[int] = (),
+    numbers: Sequence[int] | None = None,
 ) -> list[Decoded]:
     """Decode every prompt; a result does not depend on its neighbours in the batch.
 
@@ -115,10 +118,12 @@ def decode(
         undo_bias: added to the logit of `<UNDO>` (large values force it, up to the limits).
         temperature: 0 is greedy, otherwise logits are divided by it and sampled.
         top_p: nucleus: the smallest set of likeliest tokens with at least this mass.
-        seed: with the index of a sequence it fixes the draws of that sequence.
+        seed: with the number of a sequence it fixes the draws of that sequence.
         forced: int arrays, appended to the prompts as response already written (a prefix, a
             deviation). The base stays at the end of the prompt, so these can be undone.
         batch_size: sequences decoded side by side.
+        banned_ids: never emitted.
+        numbers: with the seed they fix the draws of each sequence; by default its index.
 
     Returns:
         One `Decoded` per prompt, in the order of `prompts`.
@@ -140,6 +145,7 @@ def decode(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
+        banned_ids=tuple(banned_ids),
     )
     starts = [np.empty(0, np.int32)] * len(prompts) if forced is None else list(forced)
     assert len(starts) == len(prompts), "one forced array per prompt"
@@ -152,7 +158,8 @@ def decode(
     results: list[Decoded | None] = [None] * len(contexts)
     for first in range(0, len(order), batch_size):
         chosen = order[first : first + batch_size]
-        batch = _Batch(model, [contexts[index] for index in chosen], chosen, rules)
+        drawn_by = chosen if numbers is None else [numbers[index] for index in chosen]
+        batch = _Batch(model, [contexts[index] for index in chosen], drawn_by, rules)
         for index, (emitted, num_undos, limited) in zip(chosen, batch.run(), strict=True):
             raw = np.concatenate([starts[index], emitted]).astype(np.int32)
             stopped = len(emitted) > 0 and int(emitted[-1]) == eos_id
@@ -236,8 +243,11 @@ class _Batch:
         )
         logits_BV: torch.Tensor = output.logits[:, -1].float()
         undo_id = self.rules.undo_id
-        logits_BV[:, undo_id] += self.rules.undo_bias
-        logits_BV[:, undo_id] = logits_BV[:, undo_id].masked_fill(self.banned_B, -math.inf)
+        if undo_id < logits_BV.shape[1]:  # a model that was never taught to undo may lack the row
+            logits_BV[:, undo_id] += self.rules.undo_bias
+            logits_BV[:, undo_id] = logits_BV[:, undo_id].masked_fill(self.banned_B, -math.inf)
+        if self.rules.banned_ids:
+            logits_BV[:, list(self.rules.banned_ids)] = -math.inf
         return logits_BV
 
     def _choose(self, logits_BV: torch.Tensor, step: int) -> torch.Tensor:
@@ -303,7 +313,9 @@ def _check(
             raise ConfigError(f"decoding: {name}: {value!r}, expected {expected}")
     num_known = model.get_input_embeddings().weight.shape[0]
     num_positions = getattr(model.config, "max_position_embeddings", None)
-    highest = max([rules.undo_id, rules.eos_id, rules.pad_id])
+    highest = max(rules.eos_id, rules.pad_id, *rules.banned_ids)
+    if undo_mode != "ban":
+        highest = max(highest, rules.undo_id)
     for context in contexts:
         if len(context) == 0:
             raise ConfigError("decoding: prompt: no token, expected at least one")

@@ -35,7 +35,11 @@ NEEDS = {
     "on_policy": ("samples", "`samples`, written by launcher/sample.py"),
 }
 WITH_DELAY = ("pairs", "retry", "weak_retry", "on_policy")
-COUNTS = ("snaps", "moved_tokens", "without_donor", "without_error", "respelt", "left_out")
+COUNTS = {
+    "random": ("without_donor",), "hard": ("without_donor",), "pairs": ("without_error",),
+    "retry": ("without_error",), "weak_retry": ("without_error",),
+    "on_policy": ("without_error", "respelt", "left_out"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +112,7 @@ class TraceBuilder:
         machine: what one undo pops.
         chat: put around the prompts of text records; records of ids are taken as they are.
         pool: the references of all records, for `hard`.
-        counts: by the names in `COUNTS`; running.
+        counts: running: `snaps`, `moved_tokens` and those of the builder in `COUNTS`.
     """
 
     settings: BuilderSettings
@@ -116,7 +120,12 @@ class TraceBuilder:
     machine: Machine
     chat: ChatTemplate | None = None
     pool: builders.Pool | None = None
-    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Begin to count."""
+        for name in ("snaps", "moved_tokens", *COUNTS.get(self.settings.name, ())):
+            self.counts.setdefault(name, 0)
 
     def traces(self, record: Record, source: int) -> list[Trace]:
         """All traces of one record.

@@ -7,7 +7,6 @@ byte-identical store. Memory: one trace at a time, plus for `hard` the pool of r
 from __future__ import annotations
 
 import dataclasses
-from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,13 +32,11 @@ class _Job:
     """Settings and running counts of one preparation."""
 
     builder: TraceBuilder
+    counts: dict[str, int]
     max_length: int
     overlong: Literal["error", "drop"]
     refused: Literal["error", "drop"]
     progress: Callable[[int], None] | None
-    counts: dict[str, int] = field(
-        default_factory=lambda: dict.fromkeys(("read", "refused", "built", "dropped"), 0)
-    )
     dropped: list[dict[str, Any]] = field(default_factory=list)
     refusals: list[dict[str, Any]] = field(default_factory=list)
 
@@ -96,8 +93,9 @@ def prepare_store(
     paths = [Path(source) for source in sources]
     described = [{"path": str(path), "sha256": _sha256(path)} for path in paths]
     pool = builders.Pool(tokenizer) if builder.name == "hard" else None
+    counted = dict.fromkeys(("read", "refused", "built", "dropped"), 0)
     job = _Job(
-        builder=TraceBuilder(builder, tokenizer, machine, chat, pool),
+        builder=TraceBuilder(builder, tokenizer, machine, chat, pool, counted), counts=counted,
         max_length=max_length, overlong=overlong, refused=refused, progress=progress,
     )  # fmt: skip
     if pool is not None:
@@ -110,7 +108,7 @@ def prepare_store(
     manifest = write_store(
         destination, _traces(paths, job), tokenizer=tokenizer, machine=machine,
         boundaries=boundaries, context=context, sources=described, builder=settings,
-        seed=builder.seed, counts=ChainMap(job.counts, job.builder.counts),
+        seed=builder.seed, counts=job.counts,
         notes={"dropped": job.dropped, "refused": job.refusals},
     )  # fmt: skip
     counts = manifest["counts"]

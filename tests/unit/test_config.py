@@ -38,11 +38,14 @@ FULL: dict[str, Any] = {
         "overlong": "drop",
         "chat": {"system": "Add."},
         "traces": {
-            "builder": "hard",
+            "builder": "on_policy",
             "per_record": 2,
             "clean_share": 0.25,
             "max_deviations": 3,
             "max_deviation_length": 4,
+            "retry_rate": 0.5,
+            "delay": [1, 3],
+            "verify": True,
         },
     },
     "model": {
@@ -162,6 +165,7 @@ def typos(name: str) -> list[str]:
 def test_the_full_configuration_loads_and_leaves_nothing_out(tmp_path: Path) -> None:
     loaded = load_config(write(tmp_path, FULL)).model_dump()
     loaded["optimizer"]["betas"] = list(loaded["optimizer"]["betas"])
+    loaded["data"]["traces"]["delay"] = list(loaded["data"]["traces"]["delay"])
     assert loaded == FULL
     assert len(ALL_KEYS) > 50 and ("tokenizer", "train", "vocab_size") in ALL_KEYS
     for place in ALL_KEYS:

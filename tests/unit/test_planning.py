@@ -14,7 +14,7 @@ from tiny_models import build
 
 from nmar_ds.config import RunConfig
 from nmar_ds.data.prepare import prepare_run
-from nmar_ds.data.store import manifest_checksum, write_store
+from nmar_ds.data.store import manifest_checksum, read_manifest, write_store
 from nmar_ds.errors import CheckpointError, ConfigError, StoreError, VocabularyError
 from nmar_ds.model.undo_init import MEAN
 from nmar_ds.traces.boundaries import machine_of
@@ -22,7 +22,14 @@ from nmar_ds.traces.encoding import Tokenizer
 from nmar_ds.traces.reduction import Machine
 from nmar_ds.traces.schema import NUM_ROLES, Trace
 from nmar_ds.training.checkpoints import check_same_run
-from nmar_ds.training.planning import RunPlan, open_store, plan_run, store_folder
+from nmar_ds.training.planning import (
+    RunPlan,
+    asked_settings,
+    made_settings,
+    open_store,
+    plan_run,
+    store_folder,
+)
 
 X, P, E, B, C = range(5)
 BUILDER = {
@@ -181,6 +188,8 @@ def test_warm_up_has_to_fit(stores: Path) -> None:
         ({"data__traces__clean_share": 0.3}, "data.traces.clean_share"),
         ({"data__traces__max_deviations": 3}, "data.traces.max_deviations"),
         ({"data__traces__max_deviation_length": 5}, "data.traces.max_deviation_length"),
+        ({"data__traces__retry_rate": 0.5}, "data.traces.retry_rate"),
+        ({"data__traces": {"builder": "pairs", "delay": [0, 1]}}, "data.traces.builder"),
     ],
 )
 def test_a_store_of_other_settings_is_refused_and_the_setting_named(
@@ -196,8 +205,24 @@ def test_a_store_of_other_settings_is_refused_and_the_setting_named(
 
 def test_every_setting_of_the_traces_is_compared(stores: Path) -> None:
     """A key added to the section has to be compared, too: the list above is the section's."""
-    named = {"builder", "per_record", "clean_share", "max_deviations", "max_deviation_length"}
+    named = {"builder", "per_record", "clean_share", "max_deviations", "max_deviation_length",
+             "retry_rate", "delay", "verify"}  # fmt: skip
     assert set(type(config(stores).data.traces).model_fields) == named
+    # Those that only some builders have: asked for as a store's manifest keeps them.
+    sampled = {"builder": "on_policy", "delay": [1, 2], "verify": True}
+    asked = asked_settings(config(stores, data__traces=sampled), "train")
+    assert asked["data.traces.delay"] == [1, 2] and asked["data.traces.verify"] is True
+    made = made_settings(
+        {
+            **read_manifest(stores / "store" / "train"),
+            "builder": {
+                **read_manifest(stores / "store" / "train")["builder"],
+                "delay": [1, 2],
+                "verify": True,
+            },
+        }
+    )
+    assert made["data.traces.delay"] == [1, 2] and made["data.traces.verify"] is True
 
 
 def test_a_store_of_another_meaning_is_refused(stores: Path, small_tokenizer: Tokenizer) -> None:

@@ -32,6 +32,8 @@ CASES = [
     ("prepare", ["--help"], 0),
     ("prepare", ["--config", "nowhere.yaml"], 2),
     ("prepare", ["--config", CONFIG, "optimizer.learning_rat=1"], 2),
+    ("sample", ["--help"], 0),
+    ("sample", ["--config", "nowhere.yaml", "--model", "m", "--records", "r", "--output", "o"], 2),
     ("show", ["--help"], 0),
     ("show", ["--store", "nowhere"], 2),
     ("show", ["--stor", "nowhere", "--rows", "0"], 2),
