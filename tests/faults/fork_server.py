@@ -133,7 +133,7 @@ def _run(request: dict[str, Any], config: str, folder: Path) -> dict[str, Any]:
         pids.append(pid)
     codes: dict[int, int] = {}
     started, ends = time.monotonic(), []
-    struck, overdue = request["struck"], False
+    struck, hit, overdue = request["struck"], False, False
     since = None if struck is not None and "after" in struck else started
     while len(codes) < len(pids):
         now = time.monotonic()
@@ -143,6 +143,7 @@ def _run(request: dict[str, Any], config: str, folder: Path) -> dict[str, Any]:
         if struck is not None and since is not None and now - since > struck["seconds"]:
             for rank in set(left) & set(struck["ranks"]):
                 os.kill(pids[rank], signal.Signals[struck["signal"]])
+                hit = True
             struck = None
         failed = request["impatient"] and any(codes.values())
         overdue = overdue or now - started > LONGEST
@@ -159,7 +160,7 @@ def _run(request: dict[str, Any], config: str, folder: Path) -> dict[str, Any]:
         "seconds_apart": ends[-1] - ends[0],
         "outputs": [path.read_text("utf-8", errors="replace") for path in said],
         "overdue": overdue,
-        "struck": request["struck"] is not None and struck is None,
+        "struck": hit,
     }
 
 

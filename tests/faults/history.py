@@ -21,7 +21,9 @@ class Attempt:
     """One start of a run.
 
     Attributes:
-        first: first step that any rank began (1-based), None where it did not get that far.
+        first: first step (1-based) whose rows are not in the weights it began with: the one after
+            its checkpoint, or the first that any rank began where that is not known; None where it
+            did not get that far.
         traces: indices that all ranks together were given, by step.
         done: how many ranks finished each step.
         world_size: number of ranks.
@@ -31,10 +33,16 @@ class Attempt:
     first: int | None = None
     traces: dict[int, list[int]] = field(default_factory=dict)
     done: Counter[int] = field(default_factory=Counter)
+    knows_first: bool = False
+
+    def resumed(self, step: int) -> None:
+        """A rank took weights that `step` steps have made; 0 for a fresh start."""
+        self.first, self.knows_first = step + 1, True
 
     def began(self, step: int, traces: list[int]) -> None:
         """A rank was given its share of a step."""
-        self.first = step if self.first is None else min(self.first, step)
+        if not self.knows_first:
+            self.first = step if self.first is None else min(self.first, step)
         self.traces.setdefault(step, []).extend(traces)
 
     def finished(self, step: int) -> None:
@@ -54,7 +62,8 @@ def surviving(attempts: list[Attempt]) -> Plan:
         history = {step: traces for step, traces in history.items() if step < attempt.first}
         for step, traces in attempt.traces.items():
             if attempt.done[step] >= attempt.world_size:
-                history[step] = traces
+                # One before `first` is in the weights already, and now a second time.
+                history[step] = history.get(step, []) + traces
     return history
 
 
@@ -99,6 +108,8 @@ def read(folder: Path, world_sizes: list[int]) -> list[Attempt]:
                 entry = json.loads(line)
                 if "done" in entry:
                     attempt.finished(entry["done"])
+                elif "resumed" in entry:
+                    attempt.resumed(entry["resumed"])
                 else:
                     attempt.began(entry["step"], entry["traces"])
         attempts.append(attempt)
@@ -106,8 +117,15 @@ def read(folder: Path, world_sizes: list[int]) -> list[Attempt]:
 
 
 def watch(folder: str | Path, attempt: int, rank: int) -> None:
-    """Make this process, a rank that has not begun to train, write its history down."""
+    """Make this process, a rank that has not begun to train, write its history down.
+
+    It also draws a random number per step, as dropout would: else no final state could tell whether
+    the state of the generator was restored.
+    """
+    import torch
+
     from nmar_ds.data.loader import RowLoader
+    from nmar_ds.training import checkpoints
     from nmar_ds.training.loop import TrainingLoop
 
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -117,6 +135,14 @@ def watch(folder: str | Path, attempt: int, rank: int) -> None:
     def write(**entry: Any) -> None:
         os.write(descriptor, (json.dumps(entry) + "\n").encode())
 
+    find_newest = checkpoints.find_newest
+
+    def find(*args: Any, **kwargs: Any) -> Any:
+        found = find_newest(*args, **kwargs)
+        write(resumed=0 if found is None else found.step)
+        return found
+
+    checkpoints.find_newest = find
     batches_of_step, forward_backward = RowLoader.batches_of_step, TrainingLoop.forward_backward
 
     def batches(self: Any, step: int) -> Any:
@@ -134,6 +160,7 @@ def watch(folder: str | Path, attempt: int, rank: int) -> None:
             result = forward_backward(self, step, **kwargs)
         finally:
             training["now"] = False
+        torch.rand(())
         write(done=step + 1)
         return result
 

@@ -243,7 +243,7 @@ def one_nan(draw: random.Random) -> list[Act]:
 
 
 def other_world_size(draw: random.Random) -> list[Act]:
-    return [_step(draw, draw.choice(SIGNALS), 2, STEPS - 1), _run(num_ranks=1)]
+    return [_step(draw, draw.choice(SIGNALS), 2, STEPS - 1), _run(num_ranks=draw.choice((1, 3)))]
 
 
 OTHERS: dict[str, Callable[[random.Random], list[Act]]] = {

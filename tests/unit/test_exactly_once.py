@@ -222,6 +222,14 @@ def test_the_judge(attempts: list[Attempt], expected: tuple[int, int]) -> None:
     assert lost_and_duplicated(attempts, PLAN) == expected
 
 
+def test_the_judge_knows_the_checkpoint_an_attempt_began_with() -> None:
+    """Steps after it are taken back also where the attempt skips them; those before are done twice."""
+    for begins, expected in ((2, (0, 0)), (3, (2, 0)), (1, (0, 2))):
+        resumed = lived(2, {step: PLAN[step] for step in range(begins, 4)})
+        resumed.resumed(1)
+        assert lost_and_duplicated([lived(2, {1: [0, 1], 2: [2, 3]}), resumed], PLAN) == expected
+
+
 def test_the_judge_of_epochs() -> None:
     assert covers_every_epoch({1: [1, 0], 2: [2], 3: [0]}, num_traces=3, steps_per_epoch=2)
     assert not covers_every_epoch({1: [1, 0], 2: [1], 3: [2]}, num_traces=3, steps_per_epoch=2)
