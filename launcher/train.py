@@ -14,11 +14,15 @@ import argparse
 import faulthandler
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from nmar_ds.errors import LaunchError, NmarError
 from nmar_ds.training.outcome import leave_exit_code
-from nmar_ds.training.ranks import complete_environment, discover_ranks
+from nmar_ds.training.ranks import Ranks, complete_environment, discover_ranks
 from nmar_ds.training.stopping import Launcher, end_at_once_on_interrupt
+
+if TYPE_CHECKING:
+    from nmar_ds.config import RunConfig
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -28,13 +32,63 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="run configuration (YAML)")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print steps, tokens, rows and waste, and stop"
+        "--dry-run",
+        action="store_true",
+        help="print steps, tokens, rows, memory, work, hours and checkpoint size, and stop; for "
+        "training.world_size ranks, where that is set",
+    )
+    parser.add_argument(
+        "--mfu", type=_share, default=0.4, help="for --dry-run: share of the peak that is reached"
+    )
+    parser.add_argument(
+        "--peak-tflops", type=_positive, default=989.0, help="for --dry-run: of one GPU (H100: 989)"
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument(
         "overrides", nargs="*", metavar="a.b=c", help="values that replace the file's"
     )
     return parser.parse_intermixed_args(argv)
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected more than 0 and at most 1")
+    return value
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: expected more than 0")
+    return value
+
+
+def dry_run(config: RunConfig, arguments: argparse.Namespace, ranks: Ranks) -> None:
+    """Print what the run will be and need; as much as can be said before the data are there.
+
+    Raises:
+        NmarError: the run could not be started like this.
+    """
+    world_size = config.training.world_size or ranks.world_size
+    config.accumulation_steps(world_size)
+    config.check_hpz(world_size=world_size, ranks_per_node=config.zero.hpz_partition_size)
+    from nmar_ds.training.estimate import estimate_lines
+    from nmar_ds.training.planning import plan_run
+
+    plan = None
+    try:
+        plan = plan_run(config)
+    finally:
+        if ranks.rank == 0:
+            lines = estimate_lines(
+                config,
+                plan,
+                world_size=world_size,
+                mfu=arguments.mfu,
+                peak_tflops=arguments.peak_tflops,
+            )
+            print("\n".join((plan.summary(config) if plan is not None else []) + lines), flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,21 +103,19 @@ def main(argv: list[str] | None = None) -> int:
 
         config = load_config(arguments.config, arguments.overrides)
         ranks = discover_ranks(os.environ)
+        if arguments.dry_run:
+            dry_run(config, arguments, ranks)
+            return 0
         expected = config.training.world_size
-        if not arguments.dry_run and expected not in (None, ranks.world_size):
+        if expected not in (None, ranks.world_size):
             raise LaunchError(
                 f"training.world_size: {expected} ranks are asked for, {ranks.world_size} started"
             )
         config.accumulation_steps(ranks.world_size)
-        if not arguments.dry_run:
-            config.check_hpz(world_size=ranks.world_size, ranks_per_node=ranks.local_world_size)
+        config.check_hpz(world_size=ranks.world_size, ranks_per_node=ranks.local_world_size)
         from nmar_ds.training.planning import plan_run
 
         plan = plan_run(config)
-        if arguments.dry_run:
-            if ranks.rank == 0:
-                print("\n".join(plan.summary(config)))
-            return 0
         complete_environment(os.environ, ranks)
         from nmar_ds.training.run import run_training
 

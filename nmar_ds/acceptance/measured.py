@@ -116,7 +116,7 @@ def state_bytes(engine: Engine) -> dict[str, int]:
 
     Returns:
         `weights` (partitions, whole persistent ones and second copies), `gradients`, `optimizer`
-        (fp32 master weights, where they are no weights themselves, and moments).
+        (fp32 master weights and moments).
     """
     zero = engine._engine.optimizer
     parameters: list[Any] = list(engine.module.parameters())

@@ -16,12 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nmar_ds.errors import VocabularyError
-from nmar_ds.model.weighting import FloatArray, denominator, role_weights  # noqa: F401
+from nmar_ds.model.weighting import CHUNK_BYTES, FloatArray, denominator, role_weights  # noqa: F401
 from nmar_ds.traces.schema import NUM_ROLES
-
-# Bytes of one chunk's logits in the loss dtype; about three such blocks live at a time, and one
-# more for each chunk's rows under unlikelihood.
-_CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 
 
 def token_weights(roles_N: Tensor, weights: FloatArray, dtype: torch.dtype) -> Tensor:
@@ -60,7 +56,7 @@ def role_sums(nll_N: Tensor, roles_N: Tensor) -> tuple[Tensor, Tensor]:
 
 def default_chunk_size(num_classes: int, dtype: torch.dtype, device: torch.device) -> int:
     """Rows per chunk so that one chunk's logits stay within the device's budget, at least 16."""
-    budget = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cuda"])
+    budget = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
     return max(16, budget // (dtype.itemsize * num_classes))
 
 

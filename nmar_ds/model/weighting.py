@@ -18,6 +18,10 @@ from nmar_ds.traces.schema import NUM_ROLES, ROLE_BY_LABEL, Role
 
 FloatArray = npt.NDArray[np.float64]
 
+# Bytes of one chunk's logits in the loss dtype; about three such blocks live at a time, and one
+# more for each chunk's rows under unlikelihood.
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
+
 PRESETS: dict[str, dict[str, float]] = {
     "msft": {"prompt": 0, "prefix": 1, "deviation": 0, "undo": 1, "correction": 1},
     "sft": {"prompt": 0, "prefix": 1, "deviation": 1, "undo": 1, "correction": 1},

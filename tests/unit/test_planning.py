@@ -22,6 +22,7 @@ from nmar_ds.traces.encoding import Tokenizer
 from nmar_ds.traces.reduction import Machine
 from nmar_ds.traces.schema import NUM_ROLES, Trace
 from nmar_ds.training.checkpoints import check_same_run
+from nmar_ds.training.estimate import estimate_lines, shape_of, work_of
 from nmar_ds.training.planning import (
     RunPlan,
     asked_settings,
@@ -341,6 +342,21 @@ def test_the_summary_has_the_numbers(stores: Path) -> None:
         assert part in text
     run = config(stores, objective__preset="sft")
     assert "untrained" not in "\n".join(plan_run(run).summary(run))
+
+
+def test_work_is_that_of_the_traces_not_of_the_rows(stores: Path) -> None:
+    keys = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 16,
+            "num_hidden_layers": 1, "num_attention_heads": 2}  # fmt: skip
+    run = config(stores, model__config=keys)
+    plan = plan_run(run)
+    shape = shape_of(run, plan.store.manifest["tokenizer"]["size"])
+    squares = (6**2 + 4**2 + 5**2 + 10**2 + 5**2 + 3**2) / 2  # two steps an epoch
+    flops = work_of(shape, tokens=33 / 2, squares=squares).flops
+    seconds = flops / (4 * 2e12 * 0.5)
+    text = "\n".join(estimate_lines(run, plan, world_size=4, mfu=0.5, peak_tflops=2.0))
+    assert f"a step is 16 tokens and {flops / 1e15:.4g} PFLOP (on average): {seconds:.3g} s" in text
+    assert f"hours     {6 * seconds / 3600:.3g} for 6 steps, 99 tokens" in text
+    assert f"{shape.num_weights:,} weights" in text
 
 
 @pytest.mark.parametrize(
