@@ -382,6 +382,12 @@ class CheckpointSection(Section):
     resume: Literal["auto", "never"] = "auto"
     """`auto`: continue from the newest valid checkpoint of the run folder, or start."""
 
+    asynchronous: bool = False
+    """Training goes on while a copy of its state is written: needs host memory for the copy, and a
+    failed save does not stop the run at once. Off, training waits until a save is announced."""
+    max_failed_saves: PositiveInt = 3
+    """So many failed asynchronous saves in a row stop the run; the last one must succeed."""
+
     @field_validator("keep")
     @classmethod
     def _one_is_none(cls, value: int) -> int:

@@ -56,6 +56,24 @@ class Quiet:
         """One step more."""
 
 
+class Unsaved:
+    """A saver that remembers which steps it was to save."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.pending = False
+
+    def save(self, step: int) -> None:
+        """A checkpoint is due."""
+        self.steps.append(step)
+
+    def settle(self) -> None:
+        """Nothing is pending."""
+
+    def finish(self) -> None:
+        """Nothing is pending."""
+
+
 def settings(
     world_size: int,
     *,
@@ -196,7 +214,7 @@ def train_step(
         training=tiny.config.training,
         total_steps=4,
         monitor=monitor,  # type: ignore[arg-type]
-        save=lambda step: None,
+        saver=Unsaved(),
         save_every=None,
         measure_heldout=dict,
         stop_requested=lambda: False,

@@ -13,7 +13,7 @@ import logging
 import os
 import pickle
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,10 +30,11 @@ from nmar_ds.errors import (
     PeerLostError,
     SaveError,
 )
-from nmar_ds.files import about, no_room
+from nmar_ds.files import about
 from nmar_ds.training.nodes import choose_interface, meet
 from nmar_ds.training.plain_data import not_plain_data
 from nmar_ds.training.ranks import Ranks, threads_per_rank
+from nmar_ds.training.snapshot import Snapshot, write_file
 
 if TYPE_CHECKING:
     from nmar_ds.training.partitions import SavedPartitions
@@ -257,9 +258,9 @@ class Engine:
         self.world_size = torch.distributed.get_world_size()
         self.rank = torch.distributed.get_rank()
         self.device = self._engine.device
-        self._unwritten: str | None = None
-        # A rank that failed in here alone would leave the others waiting in DeepSpeed's barriers.
-        self._engine.checkpoint_engine.save = self._write
+        self._problem: SaveError | None = None
+        self._take: Callable[[dict[str, Any], Path], None] = write_file
+        self._engine.checkpoint_engine.save = self._take_file
         # It would put executable scripts beside the data.
         self._engine._copy_recovery_script = lambda folder: None
 
@@ -305,20 +306,42 @@ class Engine:
         Raises:
             SaveError: on the rank that could not write, after all ranks have come through.
         """
-        self._unwritten = None
+        self._save(folder, tag, client_state, write_file)
+
+    def copy_into(self, folder: Path, tag: str, client_state: dict[str, Any]) -> Callable[[], None]:
+        """Copy this rank's part of a checkpoint to host memory. Collective.
+
+        Returns:
+            Writes the copy to `folder/tag` when called; by any thread, and not collective.
+
+        Raises:
+            SaveError: on the rank that has no memory for it, after all ranks have come through.
+        """
+        snapshot = Snapshot()
+        self._save(folder, tag, client_state, snapshot.add)
+        return snapshot.write
+
+    def _save(
+        self, folder: Path, tag: str, client_state: dict[str, Any],
+        take: Callable[[dict[str, Any], Path], None],
+    ) -> None:  # fmt: skip
+        """Let DeepSpeed put this rank's files together, and `take` each of them."""
+        self._problem, self._take = None, take
         self._engine.save_checkpoint(
             str(folder), tag=tag, client_state={"nmar": client_state}, save_latest=False
         )
-        if self._unwritten is not None:
-            raise SaveError(self._unwritten)
+        if self._problem is not None:
+            raise self._problem
 
-    def _write(self, state_dict: dict[str, Any], path: str) -> None:
-        """DeepSpeed's hook for one file. Through Python's file, so that the error has a number."""
+    def _take_file(self, state_dict: dict[str, Any], path: str) -> None:
+        """DeepSpeed's hook for one file.
+
+        A rank that failed in here alone would leave the others waiting in DeepSpeed's barriers.
+        """
         try:
-            with open(path, "wb") as file:
-                torch.save(state_dict, file)
-        except (OSError, RuntimeError) as error:
-            self._unwritten = self._unwritten or no_room(error, Path(path), _num_bytes(state_dict))
+            self._take(state_dict, Path(path))
+        except SaveError as error:
+            self._problem = self._problem or error
 
     def load_from(self, folder: Path, tag: str) -> dict[str, Any]:
         """Load `folder/tag` into a fresh engine and return this rank's client state.
@@ -387,11 +410,3 @@ class Engine:
             name: safe_get_full_fp32_param(parameter).detach().clone()
             for name, parameter in self.module.named_parameters()
         }
-
-
-def _num_bytes(state: Any) -> int:
-    """Bytes of all tensors in nested containers."""
-    if isinstance(state, torch.Tensor):
-        return state.nbytes
-    items = state.values() if isinstance(state, dict) else state
-    return sum(map(_num_bytes, items)) if isinstance(state, dict | list | tuple) else 0

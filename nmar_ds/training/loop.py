@@ -23,6 +23,7 @@ from nmar_ds.model.weighting import PLAIN, LossOptions, denominator, trained_rol
 from nmar_ds.traces.schema import NUM_ROLES, Role
 from nmar_ds.training.engine import Engine, all_reduce
 from nmar_ds.training.monitor import Monitor
+from nmar_ds.training.saving import Saver
 
 
 def learning_rate(step: int, total_steps: int, section: OptimizerSection) -> float:
@@ -100,7 +101,7 @@ class TrainingLoop:
         training: logging, evaluation and divergence settings.
         total_steps: of the run.
         monitor: where figures go.
-        save: publishes a checkpoint after the given number of steps. Collective.
+        saver: publishes checkpoints.
         save_every: steps between checkpoints, or None for the end only.
         measure_heldout: held-out scalars by tag. Collective.
         stop_requested: whether this rank was told to stop; asked once per step.
@@ -119,7 +120,7 @@ class TrainingLoop:
         training: TrainingSection,
         total_steps: int,
         monitor: Monitor,
-        save: Callable[[int], None],
+        saver: Saver,
         save_every: int | None,
         measure_heldout: Callable[[], dict[str, float]],
         stop_requested: Callable[[], bool],
@@ -134,7 +135,7 @@ class TrainingLoop:
         self.training = training
         self.total_steps = total_steps
         self.monitor = monitor
-        self.save = save
+        self.saver = saver
         self.save_every = save_every
         self.measure_heldout = measure_heldout
         self.stop_requested = stop_requested
@@ -154,6 +155,8 @@ class TrainingLoop:
 
         Raises:
             DivergenceError: too many non-finite steps in a row.
+            SaveError: a checkpoint that could not be written, or too many in a row of those that
+                are written in the background.
         """
         if first_step == 0:
             self.enter_phase("evaluation")
@@ -179,7 +182,13 @@ class TrainingLoop:
                 self.engine.train()
             if at_end or stop or (self.save_every and done % self.save_every == 0):
                 self.enter_phase("save")
-                self.save(done)
+                self.saver.save(done)
+                if at_end or stop:
+                    self.saver.finish()
+                self._wait_for_all()
+            elif self.saver.pending:
+                self.enter_phase("save")
+                self.saver.settle()
                 self._wait_for_all()
             if stop and not at_end:
                 self.monitor.say(f"stopped after step {done}; saved")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -18,7 +19,13 @@ from nmar_ds import __version__
 from nmar_ds.config import RunConfig, deepspeed_config
 from nmar_ds.data.loader import Batch, RowLoader
 from nmar_ds.data.store import boundary_ids_of
-from nmar_ds.errors import CheckpointError, ConfigError, PeerLostError
+from nmar_ds.errors import (
+    CheckpointError,
+    ConfigError,
+    DivergenceError,
+    PeerLostError,
+    SaveError,
+)
 from nmar_ds.model import row_norms
 from nmar_ds.model.attention import check_supported
 from nmar_ds.model.canary import CanaryReport, run_canary
@@ -43,6 +50,7 @@ from nmar_ds.training.plain_data import check_plain_data
 from nmar_ds.training.planning import RunPlan
 from nmar_ds.training.ranks import Ranks
 from nmar_ds.training.run_folder import RunLock, check_space, checkpoint_bytes
+from nmar_ds.training.saving import BackgroundSaver, BlockingSaver, Saver, Shelf
 from nmar_ds.training.stopping import (
     STOP_FILE,
     Launcher,
@@ -206,12 +214,20 @@ def _attempt(
             monitor.say(f"resumed   from {found.folder} after step {first_step}{origin}")
         if told_to_stop(stop, peers, first_step):
             return False
+        saver = _make_saver(config, plan, ranks, engine, monitor=monitor, peers=peers, found=found)
         loop = _make_loop(
-            config, plan, ranks, engine, loader=loader, monitor=monitor, peers=peers, stop=stop,
-            verified={found.folder.name} if found else set(),
+            config, plan, ranks, engine, loader=loader, monitor=monitor, saver=saver, stop=stop,
             enter_phase=enter_phase,
         )  # fmt: skip
-        complete = loop.run(first_step)
+        try:
+            complete = loop.run(first_step)
+        except DivergenceError:
+            # What was saved before the weights went astray is wanted more than ever. All ranks
+            # are here; a save that fails has said so in its line.
+            enter_phase("save")
+            with contextlib.suppress(SaveError):
+                saver.finish()
+            raise
         if not complete:
             monitor.say(f"stopped by {stop_reason(stop, peers)}")
         return complete
@@ -291,6 +307,39 @@ def _reslice(engine: Engine, found: checkpoints.Found, peers: ProcessPeers) -> N
     engine.take_resliced(slices)
 
 
+def _make_saver(
+    config: RunConfig,
+    plan: RunPlan,
+    ranks: Ranks,
+    engine: Engine,
+    *,
+    monitor: Monitor,
+    peers: ProcessPeers,
+    found: checkpoints.Found | None,
+) -> Saver:
+    """Blocking or in the background; the checkpoint resumed from counts as verified."""
+    shelf = Shelf(
+        folder=Path(config.output) / "checkpoints",
+        peers=peers,
+        facts=_manifest_facts(config, plan, ranks, engine.module),
+        keep=config.checkpoint.keep,
+        verified={found.folder.name} if found else set(),
+    )
+    if not config.checkpoint.asynchronous:
+        return BlockingSaver(shelf, lambda folder, tag: engine.save_into(folder, tag, _state()))
+
+    def report(step: int, num_failed: int, line: str) -> None:
+        monitor.say(line)
+        monitor.scalars(step, {"safety/failed_saves": num_failed})
+
+    return BackgroundSaver(
+        shelf,
+        lambda folder, tag: engine.copy_into(folder, tag, _state()),
+        max_failed=config.checkpoint.max_failed_saves,
+        report=report,
+    )
+
+
 def _make_loop(
     config: RunConfig,
     plan: RunPlan,
@@ -299,9 +348,8 @@ def _make_loop(
     *,
     loader: RowLoader,
     monitor: Monitor,
-    peers: ProcessPeers,
+    saver: Saver,
     stop: StopSignal,
-    verified: set[str],
     enter_phase: Callable[[str], None],
 ) -> TrainingLoop:
     """The loop, given its ways to save and to measure."""
@@ -309,17 +357,6 @@ def _make_loop(
 
     def arguments(batch: Batch) -> dict[str, Any]:
         return forward_arguments(batch, plan.weights, engine.device)
-
-    def save(step: int) -> None:
-        checkpoints.publish(
-            lambda folder, tag: engine.save_into(folder, tag, _state()),
-            Path(config.output) / "checkpoints",
-            step=step,
-            facts=_manifest_facts(config, plan, ranks, engine.module),
-            peers=peers,
-            keep=config.checkpoint.keep,
-            verified=verified,
-        )
 
     def measure_heldout() -> dict[str, float]:
         losses = heldout.measure(
@@ -342,7 +379,7 @@ def _make_loop(
         training=config.training,
         total_steps=plan.total_steps,
         monitor=monitor,
-        save=save,
+        saver=saver,
         save_every=config.checkpoint.every,
         measure_heldout=measure_heldout,
         stop_requested=stop,

@@ -20,7 +20,7 @@ from nmar_ds.acceptance.reference import (  # noqa: F401 (tests reach them throu
     reference_objective,
     stock_model,
 )
-from nmar_ds.acceptance.step import Quiet, settings, undo_row_norms
+from nmar_ds.acceptance.step import Quiet, Unsaved, settings, undo_row_norms
 from nmar_ds.acceptance.tiny import LENGTH, UNDO, VOCAB, ListSource, make_traces, model_keys
 
 
@@ -94,7 +94,7 @@ def poisoned_run(
     )
     monitor = Quiet()
     weights_at: list[float] = []
-    saved_after: list[int] = []
+    saver = Unsaved()
     loop = TrainingLoop(
         engine,
         loader,
@@ -104,7 +104,7 @@ def poisoned_run(
         training=config.training,
         total_steps=6,
         monitor=monitor,  # type: ignore[arg-type]
-        save=saved_after.append,
+        saver=saver,
         save_every=None,
         measure_heldout=dict,
         stop_requested=lambda: dist.get_rank() == on_rank and state["step"] == stop_at,
@@ -140,7 +140,7 @@ def poisoned_run(
     return {
         "error": error,
         "complete": complete,
-        "saved": saved_after,
+        "saved": saver.steps,
         "total": loop.nonfinite_total,
         "lines": monitor.lines,
         "weights": weights_at,

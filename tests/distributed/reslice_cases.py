@@ -57,7 +57,7 @@ def _step(tiny: core.TinyRun, step: int) -> float:
     loop = TrainingLoop(
         tiny.engine, tiny.loader, weights=np.array([0.0, 1.0, 0.0, 1.0, 1.0]),
         denominator_kind="common", optimizer=tiny.config.optimizer, training=tiny.config.training,
-        total_steps=4, monitor=core.Quiet(), save=lambda step: None, save_every=None,
+        total_steps=4, monitor=core.Quiet(), saver=core.Unsaved(), save_every=None,
         measure_heldout=dict, stop_requested=lambda: False,
     )  # type: ignore[arg-type] # fmt: skip
     tiny.engine.train()

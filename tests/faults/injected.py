@@ -150,16 +150,13 @@ def _in_save(fault: dict[str, Any]) -> None:
     from nmar_ds.training import checkpoints
 
     now: dict[str, int | None] = {"step": None}
-    publish: Callable[..., Any] = checkpoints.publish
+    prepare: Callable[..., Any] = checkpoints.prepare
 
-    def published(*args: Any, step: int, **kwargs: Any) -> Any:
-        now["step"] = step
-        try:
-            return publish(*args, step=step, **kwargs)
-        finally:
-            now["step"] = None
+    def prepared(*args: Any, step: int, **kwargs: Any) -> Any:
+        now["step"] = step  # until the next save begins, in the background too
+        return prepare(*args, step=step, **kwargs)
 
-    checkpoints.publish = published
+    checkpoints.prepare = prepared
 
     def reached(point: str) -> None:
         if now["step"] == fault["step"] and point == fault["point"]:

@@ -92,7 +92,13 @@ FULL: dict[str, Any] = {
         "timeout_seconds": 60,
         "slow_timeout_seconds": 600,
     },
-    "checkpoint": {"every": 5, "keep": 3, "resume": "never"},
+    "checkpoint": {
+        "every": 5,
+        "keep": 3,
+        "resume": "never",
+        "asynchronous": True,
+        "max_failed_saves": 2,
+    },
     "zero": {
         "overlap_comm": False,
         "reduce_bucket_size": 1000,
