@@ -180,15 +180,15 @@ class TrainingLoop:
                 self.enter_phase("evaluation")
                 self.monitor.measured(done, self.measure_heldout())
                 self.engine.train()
-            if at_end or stop or (self.save_every and done % self.save_every == 0):
+            due = at_end or stop or bool(self.save_every and done % self.save_every == 0)
+            if due or self.saver.pending:
                 self.enter_phase("save")
-                self.saver.save(done)
+                if due:
+                    self.saver.save(done)
+                else:
+                    self.saver.settle()
                 if at_end or stop:
                     self.saver.finish()
-                self._wait_for_all()
-            elif self.saver.pending:
-                self.enter_phase("save")
-                self.saver.settle()
                 self._wait_for_all()
             if stop and not at_end:
                 self.monitor.say(f"stopped after step {done}; saved")
