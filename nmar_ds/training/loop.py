@@ -155,20 +155,17 @@ class TrainingLoop:
 
         Raises:
             DivergenceError: too many non-finite steps in a row.
-            SaveError: a checkpoint that could not be written, or too many in a row of those that
-                are written in the background.
+            SaveError: a checkpoint that could not be written.
         """
         if first_step == 0:
-            self.enter_phase("evaluation")
-            self.monitor.measured(0, self.measure_heldout())
+            self._evaluate(0)
         self.engine.train()
         for step in range(first_step, self.total_steps):
             started = time.monotonic()
             done = step + 1
             logged = done % self.training.log_every == 0 or done == self.total_steps
             sums = self.forward_backward(step, also_untrained=logged)
-            applied = self.engine.step_was_applied()
-            stop = self._agree(done, sums, applied)
+            stop = self._agree(done, sums, self.engine.step_was_applied())
             self.is_first_step = False
             self._pace += (time.monotonic() - started, sums.tokens, sums.trained, 1)
             if logged:
@@ -177,19 +174,8 @@ class TrainingLoop:
             at_end = done == self.total_steps
             every = self.training.eval_every
             if at_end or (every is not None and done % every == 0):
-                self.enter_phase("evaluation")
-                self.monitor.measured(done, self.measure_heldout())
-                self.engine.train()
-            due = at_end or stop or bool(self.save_every and done % self.save_every == 0)
-            if due or self.saver.pending:
-                self.enter_phase("save")
-                if due:
-                    self.saver.save(done)
-                else:
-                    self.saver.settle()
-                if at_end or stop:
-                    self.saver.finish()
-                self._wait_for_all()
+                self._evaluate(done)
+            self._save_or_settle(done, last=at_end or stop)
             if stop and not at_end:
                 self.monitor.say(f"stopped after step {done}; saved")
                 return False
@@ -222,6 +208,25 @@ class TrainingLoop:
 
     def _enter(self, phase: str) -> None:
         self.enter_phase("first step" if self.is_first_step else phase)
+
+    def _evaluate(self, done: int) -> None:
+        self.enter_phase("evaluation")
+        self.monitor.measured(done, self.measure_heldout())
+        self.engine.train()
+
+    def _save_or_settle(self, done: int, *, last: bool) -> None:
+        """Save where it is due; else look whether a save in the background can be announced."""
+        due = last or bool(self.save_every and done % self.save_every == 0)
+        if not due and not self.saver.pending:
+            return
+        self.enter_phase("save")
+        if due:
+            self.saver.save(done)
+        else:
+            self.saver.settle()
+        if last:
+            self.saver.finish()
+        self._wait_for_all()
 
     def _wait_for_all(self) -> None:
         """Rank 0 deletes old checkpoints longer than the others may wait for it in a step."""
