@@ -10,7 +10,7 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_optimizer_state
+from deepspeed.utils import groups, safe_get_full_optimizer_state
 
 from nmar_ds.acceptance import step as core
 from nmar_ds.training import checkpoints
@@ -21,13 +21,19 @@ from nmar_ds.training.partitions import SavedPartitions
 SUB_GROUP = 1500  # elements on a rank: several sub-groups, others on another number of ranks
 
 
-def _tiny(*, optimizer: str, **run: Any) -> core.TinyRun:
+def _tiny(*, optimizer: str, spread: bool = False, **run: Any) -> core.TinyRun:
+    """With `spread`, the optimizer lives in host memory and a node keeps weights of its own."""
     plain = core.settings
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # a process makes one; a pool runs several
 
     def changed(*args: Any, **kwargs: Any) -> Any:
         config, settings = plain(*args, **kwargs)
         section = config.optimizer.model_copy(update={"name": optimizer})
         settings["zero_optimization"]["sub_group_size"] = SUB_GROUP
+        if spread:
+            settings["zero_force_ds_cpu_optimizer"] = False
+            settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+            settings["zero_optimization"]["zero_hpz_partition_size"] = dist.get_world_size()
         return config.model_copy(update={"optimizer": section}), settings
 
     with mock.patch.object(core, "settings", changed):

@@ -16,6 +16,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "adamw-bf16-persistent": {
         "optimizer": "adamw", "dtype": "bfloat16", "tied": False, "persistence": 100_000,
     },
+    "adamw-bf16-offload-hpz": {
+        "optimizer": "adamw", "dtype": "bfloat16", "tied": True, "spread": True,
+    },
     "sgd-fp32-tied": {"optimizer": "sgd", "dtype": "float32", "tied": True},
 }  # fmt: skip
 
