@@ -49,11 +49,11 @@ test: $(VENV)/installed  ## the tests (under 15 minutes on two cores)
 test-nodes: $(VENV)/installed  ## one run on two nodes (network namespaces of this machine; 2 minutes)
 	$(BIN)/python -m pytest tests/nodes
 
-test-slurm: $(VENV)/installed  ## the job scripts under a Slurm of their own (4 minutes; ALL=1: all counts)
+test-slurm: $(VENV)/installed  ## the job scripts under a Slurm of their own (5 minutes; ALL=1: all counts)
 	$(BIN)/python -m pytest tests/slurm
 	$(if $(ALL),PYTHONPATH=. $(BIN)/python tests/slurm/goals.py)
 
-test-faults: $(VENV)/installed  ## kills, signals, full disks and second jobs (under 20 minutes)
+test-faults: $(VENV)/installed  ## kills, signals, full disks, hostile files and second jobs (half an hour)
 	$(BIN)/python -m pytest tests/faults
 
 reliability: $(VENV)/installed  ## every counted goal, into benchmarks/results (ONLY=G1,G3: these alone)
