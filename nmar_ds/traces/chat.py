@@ -69,12 +69,15 @@ class ChatTemplate:
         """What has to agree between stores, runs and decoders."""
         return {"system": self.system, "template_sha256": self.fingerprint}
 
-    def prompts(self, turns: Sequence[tuple[str, str]]) -> list[IdArray]:
+    def prompts(
+        self, turns: Sequence[tuple[str, str]], *, system: str | None = None
+    ) -> list[IdArray]:
         """Ids of each turn's prompt: everything from the turn before to where the answer begins.
 
         Args:
             turns: (user's text, assistant's text) of each turn; the last assistant text is not
                 looked at. Texts are taken to the letter.
+            system: a system message in the place of the template's `system`.
 
         Returns:
             One int32[n] per turn. The stop token before a later turn's prompt is not in it: it
@@ -86,8 +89,9 @@ class ChatTemplate:
             VocabularyError: a text the tokenizer cannot give back exactly.
         """
         messages: list[dict[str, str]] = []
-        if self.system is not None:
-            messages.append({"role": "system", "content": self.system})
+        system = self.system if system is None else system
+        if system is not None:
+            messages.append({"role": "system", "content": system})
         before, prompts = "", []
         for user, assistant in turns:
             messages.append({"role": "user", "content": user})

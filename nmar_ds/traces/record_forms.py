@@ -6,9 +6,10 @@
 2. `{"prompt": str, "steps": [{"text": str, "depends_on": [int]}]}`; the reference is the steps
    on end.
 3. `{"prompt": str, "chosen": str, "rejected": str}`; the reference is `chosen`.
-4. `{"segments": [{"role": "prompt|prefix|deviation|correction", "text": str}]}`; several turns
+4. `{"messages": [{"role": "system|user|assistant", "content": str}]}`; one turn per user message.
+5. `{"segments": [{"role": "prompt|prefix|deviation|correction", "text": str}]}`; several turns
    allowed; undos are derived, never written.
-5. `{"segments": [{"role": any role, "ids": [int]}]}`; undos are written, and counted later.
+6. `{"segments": [{"role": any role, "ids": [int]}]}`; undos are written, and counted later.
 
 `id`, `group` and `answer` are optional in all of them.
 """
@@ -105,6 +106,8 @@ class Record:
         marked: whether the record itself says where deviations are (segments, or `deviations`);
             only the `given` builder takes such records.
         steps: of the one turn's reference; for `retry` and `weak_retry`.
+        is_chat: from `messages`, which a chat template has to be put around.
+        system: the record's own system message.
         rejected: a worse response to the one turn's prompt; for `pairs`.
         samples: a model's own responses to the one turn's prompt; for `on_policy`.
         sampled_with: fingerprint of the tokenizer whose ids the samples are.
@@ -118,6 +121,8 @@ class Record:
     turns: tuple[TextTurn, ...] = ()
     segments: tuple[IdSegment, ...] = ()
     marked: bool = False
+    is_chat: bool = False
+    system: str | None = None
     steps: tuple[Step, ...] = ()
     rejected: str | None = None
     samples: tuple[Sample, ...] = ()
@@ -138,6 +143,10 @@ def record_of(fields: dict[str, Any], path: str, line: int) -> Record:
         require_known(fields, ("segments", *LABELS), "")
         turns, segments = _segments(as_list(fields["segments"], "segments"))
         return Record(**place, turns=turns, segments=segments, marked=True)
+    if "messages" in fields:
+        require_known(fields, ("messages", *LABELS), "")
+        system, turns = _messages(as_list(fields["messages"], "messages"))
+        return Record(**place, turns=turns, system=system, is_chat=True)
     if "steps" in fields:
         require_known(fields, ("prompt", "steps", *LABELS), "")
         steps = _steps(as_list(fields["steps"], "steps"))
@@ -157,7 +166,9 @@ def record_of(fields: dict[str, Any], path: str, line: int) -> Record:
 def _with_reference(fields: dict[str, Any], place: dict[str, Any]) -> Record:
     known = ("prompt", "reference", "deviations", "samples", SAMPLED_WITH, *LABELS)
     require_known(fields, known, "")
-    expected = "`reference` (with `prompt`), `steps`, `chosen` and `rejected`, or `segments`"
+    expected = (
+        "`reference` (with `prompt`), `steps`, `chosen` and `rejected`, `messages`, or `segments`"
+    )
     reference = _filled(fields, "reference", expected)
     deviations = _deviations(as_list(fields.get("deviations", []), "deviations"), len(reference))
     turn = TextTurn(prompt=_prompt(fields), reference=reference, deviations=deviations)
@@ -175,6 +186,32 @@ def _with_reference(fields: dict[str, Any], place: dict[str, Any]) -> Record:
             raise Flaw("samples", "empty", "at least one sample")
     return Record(**place, turns=(turn,), marked=bool(deviations), samples=samples,
                   sampled_with=sampled_with)  # fmt: skip
+
+
+def _messages(items: list[Any]) -> tuple[str | None, tuple[TextTurn, ...]]:
+    """System message and turns: user and assistant by turns, assistant last."""
+    read: list[tuple[str, str]] = []
+    for number, value in enumerate(items):
+        field = f"messages[{number}]"
+        item = as_object(value, field)
+        require_known(item, ("role", "content"), f"{field}.")
+        role = as_text(item.get("role", ""), f"{field}.role")
+        due = ("system", "user") if number == 0 else (
+            ("assistant",) if read[-1][0] == "user" else ("user",)
+        )  # fmt: skip
+        if role not in due:
+            raise Flaw(f"{field}.role", f"is {shown(role)}", " or ".join(due))
+        if "content" not in item:
+            raise Flaw(f"{field}.content", "missing", "the message's text")
+        read.append((role, as_filled_text(item["content"], f"{field}.content")))
+    if not read or read[-1][0] != "assistant":
+        raise Flaw("messages", "no answer at the end", "a user's message and the assistant's")
+    system = read.pop(0)[1] if read[0][0] == "system" else None
+    texts = [content for _, content in read]
+    return system, tuple(
+        TextTurn(prompt=prompt, reference=reference)
+        for prompt, reference in zip(texts[::2], texts[1::2], strict=True)
+    )
 
 
 def _sample(value: Any, field: str) -> Sample:

@@ -117,7 +117,7 @@ def kind_of(value: Any) -> str:
         bool: "a boolean", int: "an integer", float: "a fraction", str: "a string",
         list: "a list", dict: "an object", type(None): "null",
     }  # fmt: skip
-    return kinds[type(value)]
+    return kinds.get(type(value), f"a {type(value).__name__}")  # columns hold more than JSON
 
 
 def shown(value: object) -> str:

@@ -45,6 +45,11 @@ def encode_record(
             nothing is wrong.
     """
     assert record.turns, "records of ids go through trace_of_ids"
+    if record.is_chat and chat is None:
+        raise TraceError(
+            record.path, record.line, "messages", "no chat template is put around them",
+            "data.chat in the configuration (`chat: {}` takes the tokenizer's)",
+        )  # fmt: skip
     turns: list[Turn] = []
     num_snaps = 0
     prompts = _chat_prompts(record, chat) if chat is not None else None
@@ -71,7 +76,8 @@ def _chat_prompts(record: Record, chat: ChatTemplate) -> list[IdArray]:
             "a user's message",
         )  # fmt: skip
     try:
-        return chat.prompts([(turn.prompt, turn.reference) for turn in record.turns])
+        pairs = [(turn.prompt, turn.reference) for turn in record.turns]
+        return chat.prompts(pairs, system=record.system)
     except TemplateError as error:
         problem, expected = f"the chat template {error}", "a conversation it leaves as it is"
     except VocabularyError as error:

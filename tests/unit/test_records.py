@@ -39,6 +39,20 @@ def segments(*pieces: tuple[object, object], key: str = "text") -> str:
 
 BAD: list[tuple[str | bytes, str, str]] = [
     # line, field, part of the message
+    ('{"messages": []}', "messages", "no answer at the end"),
+    ('{"messages": [{"role": "user", "content": "a"}]}', "messages", "no answer at the end"),
+    ('{"messages": [{"role": "assistant", "content": "a"}]}', "messages[0].role", "is 'assistant'"),
+    ('{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}',
+     "messages[1].role", "is 'user'"),
+    ('{"messages": [{"role": "system", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+     "messages[1].role", "is 'assistant'"),
+    ('{"messages": [{"role": "tool", "content": "a"}]}', "messages[0].role", "is 'tool'"),
+    ('{"messages": [{"content": "a"}]}', "messages[0].role", "is ''"),
+    ('{"messages": [{"role": "user"}]}', "messages[0].content", "missing"),
+    ('{"messages": [{"role": "user", "content": ""}]}', "messages[0].content", "empty"),
+    ('{"messages": [{"role": "user", "content": null}]}', "messages[0].content", "is null"),
+    ('{"messages": [{"role": "user", "content": "a", "name": "x"}]}', "messages[0]", "unknown field"),
+    ('{"messages": [{"role": "user", "content": "a"}], "prompt": "b"}', "record", "unknown field"),
     ('{"prompt": "p", "chosen": "a"}', "rejected", "missing"),
     ('{"prompt": "p", "rejected": "a"}', "chosen", "missing"),
     ('{"prompt": "p", "chosen": "a", "rejected": "a"}', "rejected", "says what `chosen` says"),
