@@ -12,7 +12,6 @@ import argparse
 import ast
 import inspect
 import itertools
-import os
 import re
 import sys
 from pathlib import Path
@@ -20,49 +19,23 @@ from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     field_validator,
     model_validator,
 )
 
+from nmar_ds.config_base import Fraction, PathText, PositiveInt, Section
+from nmar_ds.config_data import DataSection
 from nmar_ds.errors import ConfigError, NmarError
 from nmar_ds.yaml_input import apply_override, closest, nearest, read_yaml
 
 if TYPE_CHECKING:
     from nmar_ds.model.weighting import LossOptions
 
-PositiveInt = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
-
-
-def _usable_path(value: str) -> str:
-    """Refuse what the operating system takes for no path: it would be an error far from here."""
-    try:
-        usable = value != "" and b"\0" not in os.fsencode(value)
-    except UnicodeEncodeError:  # half a surrogate pair
-        usable = False
-    if not usable:
-        raise ValueError("cannot be a path, expected text that is not empty and has no zero byte")
-    return value
-
-
-PathText = Annotated[str, AfterValidator(_usable_path)]
-
-
-class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, values are not coerced."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        allow_inf_nan=False,
-    )
 
 
 class SentencePieceTraining(Section):
@@ -112,91 +85,6 @@ class UndoSection(Section):
         if self.semantics != "span" and self.boundaries:
             raise ValueError(f"`boundaries` belong to `span`, `semantics` is `{self.semantics}`")
         return self
-
-
-class TraceSection(Section):
-    """How records become traces."""
-
-    builder: Literal["given", "random", "hard", "pairs", "retry", "weak_retry", "on_policy"] = (
-        "given"
-    )
-    """`given`: as the records say; `random`: uniform vocabulary; `hard`: plausible wrong values;
-    `pairs`: the rejected response; `retry`: a step that cannot be taken yet; `weak_retry`: any
-    later step; `on_policy`: a model's own samples (docs/records.md)."""
-    per_record: PositiveInt = 1
-    """Traces made of each record, each with deviations of its own."""
-    clean_share: Fraction = 0.2
-    """Share of the traces that get no deviation (all builders but `given`)."""
-    max_deviations: PositiveInt = 2
-    """A trace that is not clean has 1 to this many deviations, uniformly (`random`, `hard`), or at
-    most this many of its sample's (`on_policy`)."""
-    max_deviation_length: PositiveInt = 6
-    """Wrong tokens, drawn uniformly from 1 to this (`random`, `hard`); right ones that `span` or
-    `reset` moves into the deviation come on top."""
-    retry_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """Probability of a retry before each step, and again after one (`retry`, `weak_retry`)."""
-    delay: tuple[int, int] | None = None
-    """`[from, to]`: tokens that a deviation goes on for after its first wrong one, uniformly;
-    null leaves it whole (`pairs`, `retry`, `weak_retry`, `on_policy`)."""
-    verify: bool = False
-    """Whether a sample counts as wrong only if the record's `answer` proves it (`on_policy`)."""
-
-    @model_validator(mode="after")
-    def _given_once(self) -> TraceSection:
-        if self.builder == "given" and self.per_record != 1:
-            raise ValueError("`given` makes one trace of a record, so `per_record` must be 1")
-        return self
-
-    @field_validator("delay", mode="before")
-    @classmethod
-    def _list_of_two(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value  # YAML has no tuples
-
-    @model_validator(mode="after")
-    def _where_they_mean_something(self) -> TraceSection:
-        if self.delay is not None and self.builder in ("given", "random", "hard"):
-            raise ValueError(
-                f"`delay` means nothing to `{self.builder}`, expected pairs, retry, weak_retry or "
-                "on_policy; what random and hard draw is bounded by `max_deviation_length`"
-            )
-        if self.delay is not None and not 0 <= self.delay[0] <= self.delay[1]:
-            raise ValueError(f"`delay` is {list(self.delay)}, expected [from, to], 0 <= from <= to")
-        if self.verify and self.builder != "on_policy":
-            raise ValueError(f"`verify` means nothing to `{self.builder}`, expected on_policy")
-        return self
-
-
-class ChatSection(Section):
-    """Prompts as a chat model expects them; `chat: {}` takes the template as it is."""
-
-    system: str | None = None
-    """System message; null leaves it to the template, which may write a default of its own."""
-
-
-class DataSection(Section):
-    """Where the records are, and how they are packed."""
-
-    train: list[str]
-    """JSONL files of training records."""
-    heldout: list[str]
-    """JSONL files of held-out records; their traces give the held-out losses."""
-    store: PathText
-    """Folder for the prepared stores: `train/` and `heldout/` are written under it."""
-    sequence_length: PositiveInt
-    """Tokens per packed row."""
-    overlong: Literal["error", "drop"] = "error"
-    """A trace longer than a row stops the preparation, or is dropped and counted."""
-    chat: ChatSection | None = None
-    """Where given, the tokenizer's chat template is put around the prompts of text records."""
-    traces: TraceSection = TraceSection()
-    """How records become traces."""
-
-    @field_validator("train", "heldout")
-    @classmethod
-    def _not_empty(cls, value: list[str]) -> list[str]:
-        if not value:
-            raise ValueError("is empty, expected at least one JSONL file")
-        return [_usable_path(path) for path in value]
 
 
 class UndoInitSection(Section):
@@ -543,6 +431,8 @@ def _known_keys(place: tuple[Any, ...]) -> list[str]:
     """Field names of the section that holds `place`."""
     section: Any = RunConfig
     for part in place[:-1]:
+        if part.isdigit():  # an entry of a list of sections
+            continue
         field = section.model_fields.get(part) if hasattr(section, "model_fields") else None
         if field is None:
             return []
@@ -554,7 +444,7 @@ def _known_keys(place: tuple[Any, ...]) -> list[str]:
 def _describe(
     error: Any, source: str, lines: dict[tuple[str, ...], int], overridden: set[str]
 ) -> str:
-    place = tuple(str(part) for part in error["loc"] if not isinstance(part, int))
+    place = tuple(str(part) for part in error["loc"])
     dotted = ".".join(str(part) for part in error["loc"])
     where = source
     if any(".".join(place[:depth]) in overridden for depth in range(1, len(place) + 1)):

@@ -73,7 +73,7 @@ def nearest(name: str, known: Any) -> str:
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
-    """Returns the mapping, and the 1-based line of every key by its path."""
+    """Returns the mapping, and the 1-based line of every key and list entry by its path."""
     try:
         text = path.read_bytes().decode("utf-8")
     except FileNotFoundError:
@@ -107,6 +107,10 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
                 place = (*prefix, str(key_node.value))
                 lines[place] = key_node.start_mark.line + 1
                 visit(value_node, place)
+        elif isinstance(at, yaml.SequenceNode):
+            for number, item in enumerate(at.value):
+                lines[*prefix, str(number)] = item.start_mark.line + 1
+                visit(item, (*prefix, str(number)))
 
     visit(node, ())
     return data, lines

@@ -3,51 +3,71 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nmar_ds.config import RunConfig
 from nmar_ds.data.store import read_manifest
-from nmar_ds.errors import ConfigError, NoUndoTokenError, StoreError
-from nmar_ds.files import sha256_file
+from nmar_ds.errors import ConfigError, NoUndoTokenError, StoreError, TraceError
 from nmar_ds.traces.building import BuilderSettings
 from nmar_ds.traces.chat import ChatTemplate
 from nmar_ds.traces.encoding import Tokenizer, add_undo, load_tokenizer, train_sentencepiece
 from nmar_ds.traces.json_vocabulary import JsonVocabulary
 from nmar_ds.traces.parity import checked
 from nmar_ds.traces.prepare import prepare_store
-from nmar_ds.traces.records import read_records
+from nmar_ds.traces.sources import Source, SourceSettings, opened
 from nmar_ds.training.planning import asked_settings, made_settings, store_folder
 
 
-def _texts(sources: list[Path]) -> list[str]:
+def source_settings(config: RunConfig, part: str) -> list[SourceSettings]:
+    """The entries of `data.train` or `data.heldout`."""
+    return [
+        SourceSettings(
+            path=None if entry.path is None else Path(entry.path),
+            columns=entry.columns,
+            weight=entry.weight,
+            max_records=entry.max_records,
+            generator=None if entry.generator is None else entry.generator.model_dump(mode="json"),
+            asked=entry.model_dump(mode="json"),
+        )
+        for entry in getattr(config.data, part)
+    ]
+
+
+def _texts(sources: Sequence[Source], refused: Literal["error", "drop"]) -> list[str]:
     """All texts, read before the trainer starts: it would swallow the error of a bad record."""
     return [
         text
         for source in sources
-        for record in read_records(source)
+        for record in source.all_records(_pass_over if refused == "drop" else None)
         for turn in record.turns
         for text in (turn.prompt, turn.reference)
     ]
 
 
-def _training_facts(config: RunConfig) -> dict[str, Any]:
+def _pass_over(error: TraceError) -> None:
+    """The preparation itself will count and list it."""
+
+
+def _training_facts(config: RunConfig, sources: Sequence[Source]) -> dict[str, Any]:
     """What a tokenizer trained here depends on; kept beside it."""
     assert config.tokenizer.train is not None
     return {
         "undo_token": config.undo.token,
         "seed": config.seed,
         **config.tokenizer.train.model_dump(),
-        "sources": {source: sha256_file(Path(source)) for source in config.data.train},
+        "sources": {source.label: source.fingerprint() for source in sources},
     }
 
 
-def _train_tokenizer(config: RunConfig, path: Path, facts: dict[str, Any]) -> Tokenizer:
+def _train_tokenizer(
+    config: RunConfig, path: Path, facts: dict[str, Any], sources: Sequence[Source]
+) -> Tokenizer:
     training = config.tokenizer.train
     assert training is not None
     tokenizer = train_sentencepiece(
-        _texts([Path(source) for source in config.data.train]),
+        _texts(sources, config.data.refused),
         path,
         vocab_size=training.vocab_size,
         model_type=training.model_type,
@@ -65,6 +85,21 @@ def _train_tokenizer(config: RunConfig, path: Path, facts: dict[str, Any]) -> To
     return tokenizer
 
 
+def _trained_tokenizer(
+    config: RunConfig, path: Path, sources: Sequence[Source]
+) -> tuple[Tokenizer, str]:
+    """Trained on the sources, now or before."""
+    facts, beside = _training_facts(config, sources), path.with_suffix(".json")
+    if path.exists() and not beside.exists():
+        raise ConfigError(
+            f"tokenizer.path: {path}: was not trained here; drop tokenizer.train, or choose "
+            "another path"
+        )
+    if path.exists() and json.loads(beside.read_text(encoding="utf-8")) == facts:
+        return load_tokenizer(path, undo_token=config.undo.token), "trained before"
+    return _train_tokenizer(config, path, facts, sources), "trained on the training records"
+
+
 def ready_tokenizer(config: RunConfig) -> tuple[Tokenizer, str]:
     """The run's tokenizer with `<UNDO>` in it, and one line on where it came from.
 
@@ -76,15 +111,8 @@ def ready_tokenizer(config: RunConfig) -> tuple[Tokenizer, str]:
     if config.tokenizer.train is not None:
         if path.suffix != ".model":
             raise ConfigError(f"tokenizer.path: {path}: expected a .model file to train")
-        facts, beside = _training_facts(config), path.with_suffix(".json")
-        if path.exists() and not beside.exists():
-            raise ConfigError(
-                f"tokenizer.path: {path}: was not trained here; drop tokenizer.train, or choose "
-                "another path"
-            )
-        if path.exists() and json.loads(beside.read_text(encoding="utf-8")) == facts:
-            return load_tokenizer(path, undo_token=config.undo.token), "trained before"
-        return _train_tokenizer(config, path, facts), "trained on the training records"
+        with opened(source_settings(config, "train"), Path(config.data.store)) as sources:
+            return _trained_tokenizer(config, path, sources)
     if not path.exists():
         raise ConfigError(f"tokenizer.path: {path}: no such file or folder")
     try:
@@ -104,7 +132,11 @@ def chat_template(config: RunConfig, tokenizer: Tokenizer) -> ChatTemplate | Non
 
 
 def _up_to_date(
-    folder: Path, settings: dict[str, object], fingerprint: str, chat: ChatTemplate | None
+    folder: Path,
+    settings: dict[str, object],
+    fingerprint: str,
+    chat: ChatTemplate | None,
+    sources: Sequence[Source],
 ) -> bool:
     """Whether a store holds what would be prepared now, sources' content included."""
     try:
@@ -113,9 +145,8 @@ def _up_to_date(
         same = all(made[name] == value for name, value in settings.items())
         same = same and manifest["tokenizer"]["fingerprint"] == fingerprint
         same = same and manifest["builder"]["chat"] == (None if chat is None else chat.facts)
-        return same and all(
-            sha256_file(Path(source["path"])) == source["sha256"] for source in manifest["sources"]
-        )
+        kept = [source["sha256"] for source in manifest["sources"]]
+        return same and kept == [source.fingerprint() for source in sources]
     except (StoreError, OSError, KeyError):
         return False
 
@@ -128,9 +159,9 @@ def prepare_run(config: RunConfig) -> Iterator[str]:
         ConfigError, VocabularyError: settings or tokenizer do not fit.
     """
     for part in ("train", "heldout"):
-        for source in getattr(config.data, part):
-            if not Path(source).is_file():
-                raise StoreError(f"data.{part}: {source}: no such file")
+        for settings in source_settings(config, part):
+            if settings.path is not None and not settings.path.exists():
+                raise StoreError(f"data.{part}: {settings.path}: no such file or folder")
     tokenizer, origin = ready_tokenizer(config)
     yield f"tokenizer {config.tokenizer.path}: {tokenizer.size} ids, {origin}"
     chat = chat_template(config, tokenizer)
@@ -163,24 +194,36 @@ def _prepare_stores(
     config: RunConfig, tokenizer: Tokenizer, chat: ChatTemplate | None
 ) -> Iterator[str]:
     for part in ("train", "heldout"):
-        folder = store_folder(config, part)
-        if _up_to_date(folder, asked_settings(config, part), tokenizer.fingerprint, chat):
-            yield f"{part:9} {folder}: up to date"
-            continue
-        manifest = prepare_store(
-            [Path(source) for source in getattr(config.data, part)],
-            folder,
-            tokenizer,
-            builder=builder_settings(config),
-            max_length=config.data.sequence_length,
-            overlong=config.data.overlong,
-            semantics=config.undo.semantics,
-            boundaries=config.undo.boundaries,
-            context=config.context,
-            undo_token=config.undo.token,
-            chat=chat,
-        )
-        yield f"{part:9} {folder}: {_counts(manifest)}"
+        with opened(source_settings(config, part), Path(config.data.store)) as sources:
+            yield _prepare_part(config, part, sources, tokenizer, chat)
+
+
+def _prepare_part(
+    config: RunConfig,
+    part: str,
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    chat: ChatTemplate | None,
+) -> str:
+    """Prepare one store, and say how it went."""
+    folder, asked = store_folder(config, part), asked_settings(config, part)
+    if _up_to_date(folder, asked, tokenizer.fingerprint, chat, sources):
+        return f"{part:9} {folder}: up to date"
+    manifest = prepare_store(
+        sources,
+        folder,
+        tokenizer,
+        builder=builder_settings(config),
+        max_length=config.data.sequence_length,
+        overlong=config.data.overlong,
+        refused=config.data.refused,
+        semantics=config.undo.semantics,
+        boundaries=config.undo.boundaries,
+        context=config.context,
+        undo_token=config.undo.token,
+        chat=chat,
+    )
+    return f"{part:9} {folder}: {_counts(manifest)}"
 
 
 def _counts(manifest: dict[str, object]) -> str:

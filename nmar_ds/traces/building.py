@@ -127,8 +127,13 @@ class TraceBuilder:
         for name in ("snaps", "moved_tokens", *COUNTS.get(self.settings.name, ())):
             self.counts.setdefault(name, 0)
 
-    def traces(self, record: Record, source: int) -> list[Trace]:
+    def traces(self, record: Record, source: int, times: int = 1) -> list[Trace]:
         """All traces of one record.
+
+        Args:
+            record: as read.
+            source: number of its source.
+            times: how often the record is taken; each time makes `traces_per_record`.
 
         Raises:
             TraceError: a record the builder cannot use, or an invariant broken.
@@ -137,12 +142,12 @@ class TraceBuilder:
         if record.segments:
             trace = trace_of_ids(record, source=source)
             check(trace, tokenizer=self.tokenizer, machine=self.machine, path=record.path)
-            return [trace]
+            return [trace] * times
         encoded = encode_record(record, self.tokenizer, self.chat)
         said = said_by(encoded.turns)
         self.counts["snaps"] += encoded.num_snaps
         found = []
-        for copy in range(self.settings.traces_per_record):
+        for copy in range(times * self.settings.traces_per_record):
             drawn = self._deviating(encoded.turns, record, source, copy)
             turns = [move_starts(turn, self.machine) for turn in drawn]
             self.counts["moved_tokens"] += _num_wrong(turns) - _num_wrong(drawn)

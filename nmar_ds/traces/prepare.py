@@ -14,14 +14,14 @@ from typing import Any, Literal
 
 from nmar_ds.data.store import write_store
 from nmar_ds.errors import ConfigError, TraceError
-from nmar_ds.files import sha256_file
 from nmar_ds.traces import builders
 from nmar_ds.traces.boundaries import machine_of
 from nmar_ds.traces.building import BuilderSettings, TraceBuilder
 from nmar_ds.traces.chat import ChatTemplate
 from nmar_ds.traces.encoding import UNDO_TOKEN, Tokenizer
-from nmar_ds.traces.records import Record, read_records
+from nmar_ds.traces.records import Record
 from nmar_ds.traces.schema import Trace
+from nmar_ds.traces.sources import Source
 from nmar_ds.traces.turns import encode_record
 
 PROGRESS_EVERY = 1000
@@ -42,7 +42,7 @@ class _Job:
 
 
 def prepare_store(
-    sources: Sequence[str | Path],
+    sources: Sequence[Source],
     destination: str | Path,
     tokenizer: Tokenizer,
     *,
@@ -60,7 +60,7 @@ def prepare_store(
     """Prepare a trace store.
 
     Args:
-        sources: JSON-lines files, in order.
+        sources: opened, in order.
         destination: folder of the store; replaced at the very end.
         tokenizer: has the undo token.
         builder: where deviations come from.
@@ -75,8 +75,8 @@ def prepare_store(
         progress: called with the number of records read, every thousand and at the end.
 
     Returns:
-        The manifest. Its counts: read = refused + used records, built = used records x
-        traces_per_record, built = stored + dropped; moved_tokens are right tokens that became
+        The manifest. Its counts: read = refused + passed_over (by a weight below 1) + used
+        records, built = stored + dropped traces; moved_tokens are right tokens that became
         heads of deviations (0 under `token`); without_donor, deviations for which `hard` or
         `random` found nothing; without_error, traces that were to deviate and have nothing to
         deviate with; respelt and left_out, see `sampled.Departures`.
@@ -90,43 +90,44 @@ def prepare_store(
     if tokenizer.undo_token != undo_token:
         raise ConfigError(f"undo.token: {undo_token!r}, expected {tokenizer.undo_token!r}")
     machine = machine_of(tokenizer, semantics, boundaries)
-    paths = [Path(source) for source in sources]
-    described = [{"path": str(path), "sha256": _sha256(path)} for path in paths]
+    described = [
+        {"path": source.label, "sha256": source.fingerprint(), "asked": source.settings.asked}
+        for source in sources
+    ]
     pool = builders.Pool(tokenizer) if builder.name == "hard" else None
-    counted = dict.fromkeys(("read", "refused", "built", "dropped"), 0)
+    counted = dict.fromkeys(("read", "refused", "passed_over", "built", "dropped"), 0)
     job = _Job(
         builder=TraceBuilder(builder, tokenizer, machine, chat, pool, counted), counts=counted,
         max_length=max_length, overlong=overlong, refused=refused, progress=progress,
     )  # fmt: skip
     if pool is not None:
-        _fill_pool(paths, job, pool)
+        _fill_pool(sources, job, pool)
     settings = {
         **{name: value for name, value in dataclasses.asdict(builder).items() if name != "seed"},
-        "max_length": max_length, "overlong": overlong,
+        "max_length": max_length, "overlong": overlong, "refused": refused,
         "chat": None if chat is None else chat.facts,
     }  # fmt: skip
     manifest = write_store(
-        destination, _traces(paths, job), tokenizer=tokenizer, machine=machine,
+        destination, _traces(sources, job), tokenizer=tokenizer, machine=machine,
         boundaries=boundaries, context=context, sources=described, builder=settings,
         seed=builder.seed, counts=job.counts,
         notes={"dropped": job.dropped, "refused": job.refusals},
     )  # fmt: skip
     counts = manifest["counts"]
-    used = counts["read"] - counts["refused"]
-    assert counts["built"] == used * builder.traces_per_record, "records and traces do not add up"
     assert counts["built"] == counts["stored"] + counts["dropped"], "traces do not add up"
     return manifest
 
 
-def _traces(paths: Sequence[Path], job: _Job) -> Iterator[Trace]:
-    for source, path in enumerate(paths):
-        for record in _read(path, job):
+def _traces(sources: Sequence[Source], job: _Job) -> Iterator[Trace]:
+    for number, source in enumerate(sources):
+        for record in _read(source, job):
             try:
-                traces = job.builder.traces(record, source)
+                traces = job.builder.traces(record, number, _times(record, number, source, job))
             except TraceError as error:
                 _refuse(error, job)
                 continue
             job.counts["built"] += len(traces)
+            job.counts["passed_over"] += not traces
             for copy, trace in enumerate(traces):
                 if len(trace) <= job.max_length:
                     yield trace
@@ -134,19 +135,28 @@ def _traces(paths: Sequence[Path], job: _Job) -> Iterator[Trace]:
                 problem = f"trace {copy} has {len(trace)} tokens"
                 expected = f"at most {job.max_length}, or overlong: drop"
                 if job.overlong == "error":
-                    raise TraceError(path, record.line, "trace", problem, expected)
+                    raise TraceError(record.path, record.line, "trace", problem, expected)
                 job.counts["dropped"] += 1
                 job.dropped.append(
-                    {"source": source, "line": record.line, "copy": copy, "length": len(trace)}
+                    {"source": number, "line": record.line, "copy": copy, "length": len(trace)}
                 )
     if job.progress is not None:
         job.progress(job.counts["read"])
 
 
-def _fill_pool(paths: Sequence[Path], job: _Job, pool: builders.Pool) -> None:
+def _times(record: Record, number: int, source: Source, job: _Job) -> int:
+    """How often a record is taken: the weight, its fraction by a draw of the record's own."""
+    whole, fraction = divmod(source.settings.weight, 1)
+    if not fraction:
+        return int(whole)
+    drawn = builders.rng_of(job.builder.settings.seed, number, record.line, -1).random()
+    return int(whole) + (drawn < fraction)
+
+
+def _fill_pool(sources: Sequence[Source], job: _Job, pool: builders.Pool) -> None:
     """Read everything once for the references; bad records are reported by the second reading."""
-    for source, path in enumerate(paths):
-        for record in read_records(path, on_error=lambda error: None):
+    for number, source in enumerate(sources):
+        for record in source.all_records(on_error=lambda error: None):
             if record.segments:
                 continue
             try:
@@ -154,16 +164,16 @@ def _fill_pool(paths: Sequence[Path], job: _Job, pool: builders.Pool) -> None:
             except TraceError:
                 continue
             for turn in encoded.turns:
-                pool.add(record.group, turn.reference_ids, (source, record.line))
+                pool.add(record.group, turn.reference_ids, (number, record.line))
     pool.finish()
 
 
-def _read(path: Path, job: _Job) -> Iterator[Record]:
+def _read(source: Source, job: _Job) -> Iterator[Record]:
     def count_bad(error: TraceError) -> None:
         job.counts["read"] += 1
         _refuse(error, job)
 
-    for record in read_records(path, on_error=count_bad):
+    for record in source.all_records(on_error=count_bad):
         job.counts["read"] += 1
         if job.progress is not None and job.counts["read"] % PROGRESS_EVERY == 0:
             job.progress(job.counts["read"])
@@ -188,11 +198,3 @@ def _require_settings(*, max_length: int, overlong: str, refused: str, context: 
             raise ConfigError(f"{name}: {value!r}, expected {' or '.join(values)}")
     if max_length < 1:
         raise ConfigError(f"max_length: {max_length}, expected at least 1")
-
-
-def _sha256(path: Path) -> str:
-    try:
-        return sha256_file(path)
-    except OSError as error:
-        problem = error.strerror or str(error)
-        raise TraceError(path, None, "file", problem, "a readable file") from error

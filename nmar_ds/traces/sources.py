@@ -7,12 +7,14 @@ reading, whatever it was stored as, and is named by its file and 1-based line (o
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gzip
 import hashlib
 import json
-import shutil
+import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -57,6 +59,7 @@ class SourceSettings:
         weight: how often each record is taken.
         max_records: the first so many lines or rows alone.
         generator: settings of a generator, `name` among them.
+        asked: how the configuration writes it; kept in the manifest.
     """
 
     path: Path | None = None
@@ -64,6 +67,7 @@ class SourceSettings:
     weight: float = 1.0
     max_records: int | None = None
     generator: Mapping[str, Any] | None = None
+    asked: Any = None
 
 
 class Source(ABC):
@@ -125,7 +129,7 @@ class Source(ABC):
                 try:
                     record = record_of(self._mapped(fields), self.label, line)
                 except Flaw as flaw:
-                    on_error(TraceError(self.label, line, flaw.field, flaw.problem, flaw.expected))
+                    on_error(self._error(line, flaw, fields))
                 else:
                     yield record
 
@@ -143,6 +147,15 @@ class Source(ABC):
                 mapped[name] = fields[column]
         return mapped
 
+    def _error(self, line: int, flaw: Flaw, fields: dict[str, Any]) -> TraceError:
+        """A flaw with its place; a field that a missing column was to fill says so."""
+        column = self.settings.columns.get(flaw.field)
+        expected = flaw.expected
+        if column is not None and column not in fields:
+            found = ", ".join(sorted(map(str, fields))) or "none"
+            expected = f"column {column!r} (there are: {found})"
+        return TraceError(self.label, line, flaw.field, flaw.problem, expected)
+
     def _named_errors(self) -> _NamedErrors:
         return _NamedErrors(self.label)
 
@@ -158,7 +171,7 @@ class _NamedErrors:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         problem = None
         if isinstance(error, OSError):
-            problem = error.strerror or str(error)
+            problem = error.strerror or " ".join(str(error).split())[:160]
         elif error is not None and type(error).__module__.partition(".")[0] in (
             "pyarrow", "zstandard", "zlib", "gzip",
         ):  # fmt: skip
@@ -174,22 +187,30 @@ def _raise(error: TraceError) -> None:
 
 
 class LineFile(Source):
-    """JSON lines, plain.
+    """JSON lines, plain or packed.
 
     Args:
-        path: the file that is read.
-        settings: as asked for.
-        label: what it is called; another name than `path` where that is an unpacked copy.
+        settings: with a path.
+        unpacked: folder for the content of a packed file, which is unpacked when it is first read.
     """
 
-    def __init__(self, path: Path, settings: SourceSettings, label: str | None = None) -> None:
-        super().__init__(label or str(path), settings)
-        self.path = path
+    def __init__(self, settings: SourceSettings, unpacked: Path | None) -> None:
+        assert settings.path is not None, "lines are in a file"
+        super().__init__(str(settings.path), settings)
+        self._given, self._unpacked = settings.path, unpacked
+
+    @functools.cached_property
+    def path(self) -> Path:
+        """The plain file."""
+        if self._given.suffix not in PACKED:
+            return self._given
+        assert self._unpacked is not None, "packed files need a folder"
+        return unpack(self._given, self._unpacked)
 
     def fingerprint(self) -> str:
         """sha256 of the file as it was given."""
         with self._named_errors():
-            return sha256_file(self.settings.path or self.path)
+            return sha256_file(self._given)
 
     def _chunks(self) -> Iterator[Chunk]:
         with self.path.open("rb") as file:
@@ -225,6 +246,23 @@ class _Part:
         return line
 
 
+@contextlib.contextmanager
+def opened(settings: Sequence[SourceSettings], folder: Path) -> Iterator[list[Source]]:
+    """Open sources; what packed files hold lies below `folder` meanwhile.
+
+    Raises:
+        TraceError, ConfigError: as `open_source`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".unpacked-", dir=folder) as unpacked:
+        found = []
+        for number, each in enumerate(settings):
+            place = Path(unpacked) / str(number)  # two files may have one name
+            place.mkdir()
+            found.append(open_source(each, place))
+        yield found
+
+
 def unpack(path: Path, folder: Path) -> Path:
     """Write what a `.gz` or `.zst` file holds into a folder, so that chunks can be found in it.
 
@@ -235,21 +273,37 @@ def unpack(path: Path, folder: Path) -> Path:
     target = folder / path.stem
     with _NamedErrors(str(path)):
         try:
-            with _opened(path) as packed, target.open("wb") as plain:
-                shutil.copyfileobj(packed, plain, CHUNK_BYTES)
+            with target.open("wb") as plain:
+                for block in _gunzip(path) if path.suffix == ".gz" else _unzstd(path):
+                    plain.write(block)
         except EOFError as error:
             raise TraceError(path, None, "file", "is cut off", "a whole file") from error
     return target
 
 
-def _opened(path: Path) -> Any:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")
+def _gunzip(path: Path) -> Iterator[bytes]:
+    with gzip.open(path, "rb") as packed:
+        while block := packed.read(CHUNK_BYTES):
+            yield block
+
+
+def _unzstd(path: Path) -> Iterator[bytes]:
+    """Frame by frame: the library's own file object takes a frame that is cut off for its end."""
     try:
         import zstandard
     except ImportError:
         raise ConfigError(f"{path}: needs zstandard; pip install 'nmar_ds[data]'") from None
-    return zstandard.open(path, "rb")
+    frame = None
+    with path.open("rb") as packed:
+        while block := packed.read(CHUNK_BYTES):
+            while block:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                yield frame.decompress(block)
+                block = frame.unused_data if frame.eof else b""
+                if frame.eof:
+                    frame = None
+    if frame is not None:
+        raise EOFError
 
 
 class Table(Source):
@@ -361,7 +415,7 @@ def open_source(settings: SourceSettings, unpacked: Path | None = None) -> Sourc
 
     Args:
         settings: exactly one of path and generator.
-        unpacked: folder for the content of packed files; None refuses them.
+        unpacked: folder for the content of packed files.
 
     Raises:
         TraceError: nothing usable is there.
@@ -371,19 +425,18 @@ def open_source(settings: SourceSettings, unpacked: Path | None = None) -> Sourc
         return _generated(settings)
     path = settings.path
     assert path is not None, "a path or a generator"
-    if path.is_dir():
-        return Table(path, settings)
-    if path.suffix == ".parquet":
+    if not path.exists():
+        raise TraceError(path, None, "file", "No such file or directory", "a readable file")
+    if path.is_dir() or path.suffix == ".parquet":
         return Table(path, settings)
     if path.suffix in PACKED and path.with_suffix("").suffix in LINES:
-        assert unpacked is not None, "packed files need a folder"
-        return LineFile(unpack(path, unpacked), settings, str(path))
+        return LineFile(settings, unpacked)
     if path.suffix not in LINES:
         raise TraceError(
             path, None, "file", f"unknown kind {path.suffix!r}",
             "a .jsonl (also .gz, .zst) or .parquet file, or a folder saved by `datasets`",
         )  # fmt: skip
-    return LineFile(path, settings)
+    return LineFile(settings, None)
 
 
 def _generated(settings: SourceSettings) -> Source:

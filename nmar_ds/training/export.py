@@ -20,7 +20,7 @@ from nmar_ds.errors import CheckpointError, ConfigError, FolderError, Vocabulary
 from nmar_ds.files import EXPORT_SETTINGS, no_room
 from nmar_ds.inference.exported import FORMAT_VERSION, TOKENIZER_FOLDER
 from nmar_ds.traces.encoding import Tokenizer, assert_parity, load_tokenizer
-from nmar_ds.traces.records import Record, read_records
+from nmar_ds.traces.records import Record
 from nmar_ds.training.checkpoints import Found, find_newest, folder_name, verify
 
 if TYPE_CHECKING:
@@ -117,11 +117,14 @@ def check_shard_size(text: str) -> str:
 def _sample_records(run: Path) -> Iterator[Record]:
     """Held-out records of the run, on whose texts both tokenizers must agree."""
     from nmar_ds.config import load_config
+    from nmar_ds.data.prepare import source_settings
+    from nmar_ds.traces.sources import opened
 
     config = load_config(run / "config.yaml")
-    for source in config.data.heldout:
-        if Path(source).is_file():
-            yield from itertools.islice(read_records(source), NUM_PARITY_RECORDS)
+    found = [s for s in source_settings(config, "heldout") if s.path is None or s.path.exists()]
+    with opened(found, run) as sources:
+        for source in sources:
+            yield from itertools.islice(source.all_records(), NUM_PARITY_RECORDS)
 
 
 def _choose(folder: Path, step: int | None) -> Found:

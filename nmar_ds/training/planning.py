@@ -121,7 +121,8 @@ def asked_settings(config: RunConfig, part: str) -> dict[str, Any]:
         "seed": config.seed,
         "data.sequence_length": config.data.sequence_length,
         "data.overlong": config.data.overlong,
-        f"data.{part}": [str(Path(source)) for source in getattr(config.data, part)],
+        "data.refused": config.data.refused,
+        f"data.{part}": [source.model_dump(mode="json") for source in getattr(config.data, part)],
         "data.chat": None if config.data.chat is None else config.data.chat.model_dump(),
         **{f"data.traces.{name}": value for name, value in traces.model_dump(mode="json").items()},
     }
@@ -130,7 +131,7 @@ def asked_settings(config: RunConfig, part: str) -> dict[str, Any]:
 def made_settings(manifest: dict[str, Any]) -> dict[str, Any]:
     """The same settings as a store's manifest keeps them; both parts' source keys are filled."""
     builder = manifest["builder"]
-    sources = [source["path"] for source in manifest["sources"]]
+    sources = [source.get("asked", source["path"]) for source in manifest["sources"]]
     return {
         "undo.token": manifest["tokenizer"]["undo_token"],
         "undo.semantics": manifest["semantics"],
@@ -139,6 +140,7 @@ def made_settings(manifest: dict[str, Any]) -> dict[str, Any]:
         "seed": manifest["seed"],
         "data.sequence_length": builder["max_length"],
         "data.overlong": builder["overlong"],
+        "data.refused": builder.get("refused", "error"),
         "data.train": sources,
         "data.heldout": sources,
         # The template's own checksum goes with the data; what is asked for is the system message.

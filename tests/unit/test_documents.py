@@ -121,7 +121,7 @@ def test_quick_commands_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_configuration_loads(path: Path) -> None:
     config = load_config(path)
-    for source in [*config.data.train, *config.data.heldout]:
+    for source in map(str, [*config.data.train, *config.data.heldout]):
         assert (ROOT / source).is_file(), source
     for world_size in (1, 2):
         config.accumulation_steps(world_size)

@@ -10,10 +10,11 @@ from typing import Any
 from nmar_ds.traces import prepare
 from nmar_ds.traces.building import BuilderSettings
 from nmar_ds.traces.encoding import Tokenizer
+from nmar_ds.traces.sources import SourceSettings, opened
 
 
 def prepare_store(
-    sources: Sequence[str | Path],
+    sources: Sequence[str | Path | SourceSettings],
     folder: str | Path,
     tokenizer: Tokenizer,
     *,
@@ -23,4 +24,10 @@ def prepare_store(
     names = {field.name for field in dataclasses.fields(BuilderSettings)}
     own = {name: settings.pop(name) for name in list(settings) if name in names}
     asked = BuilderSettings(name=builder, **own)  # type: ignore[arg-type]
-    return prepare.prepare_store(sources, folder, tokenizer, builder=asked, **settings)
+    paths = [
+        source if isinstance(source, SourceSettings)
+        else SourceSettings(path=Path(source), asked=str(source))
+        for source in sources
+    ]  # fmt: skip
+    with opened(paths, Path(folder).parent) as given:
+        return prepare.prepare_store(given, folder, tokenizer, builder=asked, **settings)
