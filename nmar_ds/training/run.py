@@ -278,8 +278,19 @@ def _introduce(
         f"model     {num_weights:,} weights, {config.model.dtype}, ZeRO-3 on "
         f"{engine.world_size} ranks ({engine.device.type})"
     )
+    if empty := _empty_rows(config, engine.world_size):
+        monitor.say(
+            f"empty     {empty} rows in every step: {config.training.global_batch_rows} do not "
+            f"divide among {engine.world_size} ranks x {config.training.micro_batch_rows}"
+        )
     norms = row_norms.describe(_undo_row_norms(engine, plan))
     monitor.say(f"undo row  {undo_row}; {norms}")
+
+
+def _empty_rows(config: RunConfig, world_size: int) -> int:
+    """Rows that fill every step up, so that all ranks run as many."""
+    each = config.training.micro_batch_rows * world_size
+    return config.accumulation_steps(world_size) * each - config.training.global_batch_rows
 
 
 def _loader_of(part: str, config: RunConfig, plan: RunPlan, ranks: Ranks) -> RowLoader:

@@ -82,6 +82,8 @@ def test_another_number_of_ranks_goes_on(
     assert set(resumed["codes"]) == {0}, resumed["outputs"]
     said = f"after step {SAVED}, saved by {before} ranks and re-sliced for {after}"
     assert said in resumed["outputs"][0], resumed["outputs"][0]
+    empty = "empty     2 rows in every step: 4 do not divide among 3 ranks x 1"
+    assert (empty in resumed["outputs"][0]) == (after == 3)
     assert newest_step(run) == STEPS
 
     attempts = history.read(watched, [before, after])
