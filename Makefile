@@ -16,7 +16,7 @@ SEED ?= 0
 SMOLLM2_RUN ?= runs/smollm2
 SMOLLM2_MODEL ?= runs/smollm2_135m_instruct
 
-.PHONY: help install quickstart smollm2 test test-nodes test-slurm test-faults test-pretrained reliability soak check mutants tensorboard clean
+.PHONY: help install quickstart smollm2 test test-nodes test-slurm test-faults test-presets test-pretrained reliability soak check mutants tensorboard clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -61,6 +61,9 @@ reliability: $(VENV)/installed  ## every counted goal, into benchmarks/results (
 
 soak: $(VENV)/installed  ## N random faults, each recovered bit-exactly (SEED decides them; resumable)
 	$(BIN)/python tests/faults/soak.py --faults $(N) --seed $(SEED)
+
+test-presets: $(VENV)/installed  ## presets' true widths on two ranks (15 minutes; up to 17 GB of memory)
+	$(BIN)/python -m pytest -s tests/presets
 
 test-pretrained: $(VENV)/smollm2  ## real pretrained weights, trained, resumed, exported (10 minutes)
 	$(BIN)/python -m pytest tests/pretrained

@@ -15,6 +15,7 @@ from nmar_ds.errors import ConfigError
 from nmar_ds.model.architecture import Architecture, architecture_of, read_folder_config
 from nmar_ds.training import estimate
 from nmar_ds.training.estimate import Memory, memory_of, shape_of, work_of
+from nmar_ds.training.run_folder import checkpoint_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS = ["llama3_1b", "llama3_8b", "qwen3_32b", "llama3_70b"]
@@ -186,6 +187,37 @@ def test_ranks_that_do_not_fit_are_refused_by_a_dry_run() -> None:
     assert "zero.hpz_partition_size: 8" in error
     _, error = dry_run("--config", "configs/llama3_8b.yaml", "training.world_size=64", code=2)
     assert "training.global_batch_rows: 128" in error
+
+
+SCALE: list[tuple[str, tuple[str, ...]]] = [
+    *((name, ()) for name in PRESETS),
+    ("llama3_70b", ("training.world_size=32", "zero.offload_optimizer={}")),
+]
+
+
+def scale_row(name: str, *overrides: str) -> str:
+    """A line of docs/scale.md: GB by part, then work, hours and checkpoint."""
+    config, shape = preset(name, *overrides)
+    world_size = config.training.world_size or 1
+    memory = memory_of(config, shape, world_size=world_size)
+    rows, length = config.training.global_batch_rows, config.data.sequence_length
+    work = work_of(shape, tokens=rows * length, squares=rows * length**2)
+    hours = 1000 * work.flops / (world_size * 989e12 * 0.4) / 3600
+    parts = [memory.weights, memory.second_copy, memory.gradients, memory.optimizer,
+             memory.activations, memory.loss, memory.buffers, memory.peak, memory.host]  # fmt: skip
+    figures = " | ".join(f"{part / 1e9:.1f}" for part in parts)
+    return (
+        f"| `{name}` | {world_size // 8} x 8 | {figures} | {work.flops / 1e15:.1f} | {hours:.2f} | "
+        f"{checkpoint_bytes(shape.num_weights, 'adamw') / 1e9:.1f} |"
+    )
+
+
+@pytest.mark.parametrize(("name", "overrides"), SCALE)
+def test_the_page_on_scale_has_these_figures(name: str, overrides: tuple[str, ...]) -> None:
+    page = (ROOT / "docs/scale.md").read_text("utf-8")
+    assert scale_row(name, *overrides) in page
+    _, shape = preset(name)
+    assert f"{shape.num_weights:,}" in page
 
 
 def test_rows_follow_the_tokenizer() -> None:
