@@ -69,15 +69,24 @@ GOALS = (
         tests=("tests/faults/test_resume_points.py",),
     ),
     Goal(
-        name="G2", count=16, grows=True, seed="fixed places",
-        what="dying at any named point of a save, either rank: the checkpoint before is found, "
-        "verified, and the next save succeeds",
-        tests=("tests/unit/test_checkpoints.py::test_dying_anywhere_leaves_the_newest_whole_checkpoint",),
+        name="G2", count=16, seed="fixed places",
+        what="dying at eight points of a save, either rank: the checkpoint before is found, "
+        "verified, and the next save succeeds (fake engine)",
+        tests=("tests/unit/test_saving.py::test_sixteen_deaths_of_a_blocking_save",),
+    ),
+    Goal(
+        name="G2 (background)", count=16, seed="fixed places",
+        what="the same while the save is written behind training's back",
+        tests=("tests/unit/test_saving.py::test_sixteen_deaths_of_a_background_save",),
     ),
     Goal(
         name="G2 (DeepSpeed)", count=4, grows=True, seed="fixed places",
         what="kill -9 of real ranks in steps and saves, resumed bit-exactly",
-        tests=("tests/faults/test_kill.py::test_a_killed_rank_costs_nothing",),
+        tests=(
+            "tests/faults/test_kill.py::test_a_killed_rank_costs_nothing",
+            "tests/faults/test_background_saves.py::"
+            "test_a_killed_rank_costs_nothing_in_the_background_either",
+        ),
     ),
     Goal(
         name="G3", count=270, grows=True, seed="0",

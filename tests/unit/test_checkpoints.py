@@ -403,7 +403,10 @@ def refused(folder: Path) -> str:
     return said[0]
 
 
-def test_200_flipped_bytes_and_50_truncations_are_all_refused(two: Path) -> None:
+def test_200_flipped_bytes_and_50_truncations_are_all_refused(
+    two: Path, record_property: Callable[[str, Any], None]
+) -> None:
+    record_property("cases", 250)
     rng = np.random.default_rng(0)
     paths = sorted((two / "step-00000020").iterdir())
     assert len(paths) == 6
