@@ -34,7 +34,7 @@ from nmar_ds.files import about
 from nmar_ds.training.nodes import choose_interface, meet
 from nmar_ds.training.plain_data import not_plain_data
 from nmar_ds.training.ranks import Ranks, threads_per_rank
-from nmar_ds.training.snapshot import Snapshot, write_file
+from nmar_ds.training.snapshot import HostMemory, Snapshot, write_file
 
 if TYPE_CHECKING:
     from nmar_ds.training.partitions import SavedPartitions
@@ -259,6 +259,7 @@ class Engine:
         self.rank = torch.distributed.get_rank()
         self.device = self._engine.device
         self._problem: SaveError | None = None
+        self._host_memory = HostMemory()  # empty until a save copies
         self._take: Callable[[dict[str, Any], Path], None] = write_file
         self._engine.checkpoint_engine.save = self._take_file
         # It would put executable scripts beside the data.
@@ -317,7 +318,7 @@ class Engine:
         Raises:
             SaveError: on the rank that has no memory for it, after all ranks have come through.
         """
-        snapshot = Snapshot()
+        snapshot = Snapshot(self._host_memory)
         self._save(folder, tag, client_state, snapshot.add)
         return snapshot.write
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from nmar_ds.errors import SaveError
-from nmar_ds.training import snapshot
-from nmar_ds.training.snapshot import Snapshot, host_copy, num_bytes, write_file
+from nmar_ds.training.snapshot import HostMemory, Snapshot, host_copy, num_bytes, write_file
 
 
 def saved(state: Any) -> bytes:
@@ -47,7 +46,7 @@ def state_of_a_run() -> dict[str, Any]:
 
 def test_saving_the_copy_writes_the_very_same_bytes() -> None:
     state = state_of_a_run()
-    copy = host_copy(state)
+    copy, _ = host_copy(state, HostMemory())
     assert saved(copy) == saved(state)
     assert copy["named"].ds_id == "0_16" and copy["named"].grad is None
     assert copy["again"] is copy["groups"][0] and copy["options"][0] is copy["options"][1]
@@ -58,7 +57,7 @@ def test_saving_the_copy_writes_the_very_same_bytes() -> None:
 def test_nothing_that_happens_later_reaches_the_copy() -> None:
     state = state_of_a_run()
     before = saved(state)
-    copy = host_copy(state)
+    copy, _ = host_copy(state, HostMemory())
     with torch.no_grad():
         for tensor in (state["again"], state["named"], state["parameter"], state["scalar"]):
             tensor.add_(1)
@@ -68,10 +67,10 @@ def test_nothing_that_happens_later_reaches_the_copy() -> None:
     assert saved(copy) == before != saved(state)
 
 
-def test_files_are_written_and_freed_in_order(tmp_path: Path) -> None:
+def test_files_are_written_in_order_and_their_memory_given_back(tmp_path: Path) -> None:
     state = {"x": torch.ones(3), "plain": {"step": 3}}
     write_file(state, tmp_path / "expected")
-    shot = Snapshot()
+    shot = Snapshot(HostMemory())
     for name in ("a", "b"):
         shot.add(state, tmp_path / name)
     assert not (tmp_path / "a").exists()
@@ -83,7 +82,7 @@ def test_files_are_written_and_freed_in_order(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_written_is_named_with_what_it_needs(tmp_path: Path) -> None:
-    shot = Snapshot()
+    shot = Snapshot(HostMemory())
     shot.add({"x": torch.ones(5)}, tmp_path / "none" / "a")
     with pytest.raises(
         SaveError, match=r"none/a: No such file.*it needs 20 bytes, [\d,]+ are free"
@@ -97,12 +96,40 @@ def test_a_file_that_cannot_be_written_is_named_with_what_it_needs(tmp_path: Pat
 def test_no_memory_for_the_copy_is_one_line_with_the_way_out(
     error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def fail(storage: Any) -> Any:
+    def fail(self: Any, storage: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(snapshot, "_host_copy_of", fail)
+    monkeypatch.setattr(HostMemory, "copy_of", fail)
     with pytest.raises(SaveError) as caught:
-        Snapshot().add({"x": torch.ones(5)}, tmp_path / "a")
+        Snapshot(HostMemory()).add({"x": torch.ones(5)}, tmp_path / "a")
     text = str(caught.value)
     assert text.startswith(f"{tmp_path / 'a'}: no host memory for a copy of 20 bytes: ")
     assert "\n" not in text and "checkpoint.asynchronous: false" in text
+
+
+def test_the_next_copy_is_made_in_the_same_memory(tmp_path: Path) -> None:
+    memory, places, whole = HostMemory(), [], torch.arange(6.0)
+    for number in range(3):
+        shot = Snapshot(memory)
+        shot.add({"x": whole + number, "y": whole[2:4], "n": number}, tmp_path / str(number))
+        state, storages = shot._files[0][1:]
+        assert torch.equal(state["x"], whole + number) and torch.equal(state["y"], whole[2:4])
+        places.append(sorted(storage.data_ptr() for storage in storages))
+        shot.write()
+    assert places[0] == places[1] == places[2]
+    # What has not been written yet is not overwritten.
+    first, second = Snapshot(memory), Snapshot(memory)
+    first.add({"x": whole}, tmp_path / "first")
+    second.add({"x": whole + 1}, tmp_path / "second")
+    for shot in (first, second):
+        shot.write()
+    assert torch.equal(torch.load(tmp_path / "first", weights_only=True)["x"], whole)
+
+
+def test_memory_comes_back_after_a_write_that_failed(tmp_path: Path) -> None:
+    memory = HostMemory()
+    shot = Snapshot(memory)
+    shot.add({"x": torch.ones(5)}, tmp_path / "none" / "a")
+    with pytest.raises(SaveError):
+        shot.write()
+    assert len(memory._free[20]) == 1
