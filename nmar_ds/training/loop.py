@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from nmar_ds.traces.schema import NUM_ROLES, Role
 from nmar_ds.training.engine import Engine, all_reduce
 from nmar_ds.training.monitor import Monitor
 from nmar_ds.training.saving import Saver
+from nmar_ds.training.stragglers import PATIENCE, Stragglers, probe_seconds
 
 
 def learning_rate(step: int, total_steps: int, section: OptimizerSection) -> float:
@@ -106,6 +107,7 @@ class TrainingLoop:
         measure_heldout: held-out scalars by tag. Collective.
         stop_requested: whether this rank was told to stop; asked once per step.
         enter_phase: told what begins, for the watchdog.
+        hosts: of the ranks, for the line about a slow one; may be empty.
     """
 
     def __init__(
@@ -125,6 +127,7 @@ class TrainingLoop:
         measure_heldout: Callable[[], dict[str, float]],
         stop_requested: Callable[[], bool],
         enter_phase: Callable[[str], None] = lambda phase: None,
+        hosts: Sequence[str] = (),
     ) -> None:
         self.engine = engine
         self.loader = loader
@@ -140,6 +143,8 @@ class TrainingLoop:
         self.measure_heldout = measure_heldout
         self.stop_requested = stop_requested
         self.enter_phase = enter_phase
+        self.hosts = hosts
+        self.stragglers = Stragglers()
         self.is_first_step = True  # of this attempt: it compiles and pages in
         self.nonfinite_total = 0
         self.nonfinite_in_a_row = 0
@@ -266,17 +271,21 @@ class TrainingLoop:
         """Reduce the step's sums, and the tokens since the last log, over the ranks. Collective."""
         seconds, tokens_here, trained_here, num_steps = self._pace
         self._pace = np.zeros(4)
+        probes = torch.zeros(self.loader.world_size, dtype=torch.float64)
+        probes[self.loader.rank] = probe_seconds(self.engine.device)
         packed = torch.cat(
             [
                 sums.roles.flatten(),
                 torch.tensor(
                     [sums.loss, tokens_here, trained_here, sums.unlikelihood], dtype=torch.float64
                 ),
+                probes,
             ]
         ).to(self.engine.device)
         totals = all_reduce(packed).cpu()
         role_sums, role_counts = totals[:NUM_ROLES], totals[NUM_ROLES : 2 * NUM_ROLES]
-        loss, tokens, trained, pushed = (float(value) for value in totals[2 * NUM_ROLES :])
+        loss, tokens, trained, pushed = (float(value) for value in totals[2 * NUM_ROLES :][:4])
+        probe_of_rank = totals[2 * NUM_ROLES + 4 :].tolist()
         values = {"loss/total": loss}
         if self.options.unlikelihood and role_counts[Role.DEVIATION] > 0:
             values["loss/unlikelihood"] = pushed / float(role_counts[Role.DEVIATION])
@@ -292,7 +301,15 @@ class TrainingLoop:
             "throughput/tokens_per_second": tokens / seconds,
             "throughput/trained_tokens_per_second": trained / seconds,
             "throughput/step_seconds": seconds / num_steps,
+            "throughput/probe_seconds_min": min(probe_of_rank),
+            "throughput/probe_seconds_max": max(probe_of_rank),
             "packing/use": tokens / capacity,
         }
         self.monitor.scalars(done, values)
         self.monitor.progress(done, values)
+        for rank, times in self.stragglers.note(probe_of_rank):
+            host = f" on {self.hosts[rank]}" if self.hosts else ""
+            self.monitor.say(
+                f"slow      rank {rank}{host}: local arithmetic takes {times:.1f} times the "
+                f"median over the ranks, {PATIENCE} logged steps in a row; all wait for it"
+            )

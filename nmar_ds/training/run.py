@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shutil
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -217,7 +218,7 @@ def _attempt(
         saver = _make_saver(config, plan, ranks, engine, monitor=monitor, peers=peers, found=found)
         loop = _make_loop(
             config, plan, ranks, engine, loader=loader, monitor=monitor, saver=saver, stop=stop,
-            enter_phase=enter_phase,
+            enter_phase=enter_phase, hosts=peers.gather(socket.gethostname()),
         )  # fmt: skip
         try:
             complete = loop.run(first_step)
@@ -362,6 +363,7 @@ def _make_loop(
     saver: Saver,
     stop: StopSignal,
     enter_phase: Callable[[str], None],
+    hosts: list[str],
 ) -> TrainingLoop:
     """The loop, given its ways to save and to measure."""
     heldout_loader = _loader_of("heldout", config, plan, ranks)
@@ -395,6 +397,7 @@ def _make_loop(
         measure_heldout=measure_heldout,
         stop_requested=stop,
         enter_phase=enter_phase,
+        hosts=hosts,
     )
 
 

@@ -4,7 +4,7 @@ A fault is a mapping:
     rank: who suffers it
     where: planning | building | evaluation | boundary (before a step) | forward | backward
         | optimizer | point | half_file | nonfinite (that rank's gradient, times `value`, nan
-        or inf, for `num` steps; `how` is not needed)
+        or inf, for `num` steps; `how` is not needed) | probe (that rank's takes a second)
     step: optimizer step (1-based) or, in a save, the steps done; the number of the evaluation
     point: name given to `checkpoints.reached`, for `where: point`
     how: kill | sleep | full, or names of signals the rank sends itself ("SIGTERM", "SIGINT SIGINT")
@@ -61,6 +61,10 @@ def install(fault: dict[str, Any] | None, rank: int) -> None:
         _before_training(fault)
     elif fault["where"] == "evaluation":
         _in_evaluation(fault)
+    elif fault["where"] == "probe":
+        from nmar_ds.training import loop
+
+        loop.probe_seconds = lambda device: 1.0
     else:
         _in_save(fault)
 

@@ -73,6 +73,22 @@ def test_usr2_saves_and_requeues_and_ends_in_the_same_bits(
     assert digest_of(job.run) == digest
 
 
+def test_a_stop_file_ends_the_job_for_good(cluster: Cluster, config_file: Path) -> None:
+    run = config_file.parent / "stop"
+    endless = ("training.steps=4000", "checkpoint.every=4000")
+    job = submit(cluster, config_file, run, *endless)
+    job.wait_for("step      3/")
+    (run / "STOP").touch()
+    facts = job.end()
+    assert (facts["ExitCode"], facts["Restarts"]) == ("6:0", "0"), job.said()
+    assert "; saved" in job.said() and ": STOP" in (run / "outcome").read_text()
+    # Nor does another job go on.
+    again = submit(cluster, config_file, run, *endless)
+    facts = again.end()
+    assert (facts["ExitCode"], facts["Restarts"]) == ("2:0", "0"), again.said()
+    assert f"error: {run}/STOP: the kill switch is set" in again.said()
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_task_ends_all_and_the_job_goes_on(
     cluster: Cluster, config_file: Path, digest: str, victim: int
