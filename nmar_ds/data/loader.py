@@ -2,7 +2,8 @@
 
 *Order* is the set of rows of each optimizer step. It depends on the plan, the seed and the epoch
 only, never on the number of ranks (SPEC section 6): a step takes the next `global_batch_rows`
-rows of the epoch's permutation, and ranks and micro-batches merely share them out. The last step
+rows of the epoch's permutation, and ranks and micro-batches merely share them out, evenly (see
+`dealing`). The last step
 of an epoch is filled up with empty rows that carry no weight, and so is every step whose rows do
 not divide among the ranks: every rank always runs the same number of micro-batches.
 
@@ -15,15 +16,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from nmar_ds.data.dealing import deal
 from nmar_ds.data.packing import Plan
-from nmar_ds.traces.schema import NO_ROLE, NUM_ROLES
+from nmar_ds.traces.schema import NO_ROLE, NUM_ROLES, Role
 
 FILLER_ROW = -1
 
@@ -141,6 +143,7 @@ class RowLoader:
         micro_batch_rows: rows per rank and forward.
         rank, world_size: this rank's share.
         pad_id: id for padding.
+        trained_roles: whose targets go through the head; ranks get about as many.
 
     Attributes:
         steps_per_epoch: optimizer steps in one pass over the plan.
@@ -159,6 +162,7 @@ class RowLoader:
         rank: int,
         world_size: int,
         pad_id: int,
+        trained_roles: Sequence[int] = (Role.PREFIX, Role.UNDO, Role.CORRECTION),
     ) -> None:
         assert -(-global_batch_rows // micro_batch_rows) >= world_size, "checked by RunConfig"
         self.source = source
@@ -173,8 +177,19 @@ class RowLoader:
         self.steps_per_epoch = -(-plan.num_rows // global_batch_rows)
         self._row_counts = plan.row_sums(role_counts)
         self._row_traces = np.diff(plan.row_offsets)
+        self._row_costs = self._costs(role_counts, trained_roles)
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
+
+    def _costs(
+        self, role_counts: npt.NDArray[np.integer], trained_roles: Sequence[int]
+    ) -> npt.NDArray[np.float64]:
+        """float64[R, 2]: attention and trained targets of each row, in mean rows."""
+        # A trace has as many tokens as targets, and one.
+        lengths = np.asarray(role_counts, dtype=np.int64).sum(axis=1) + 1
+        trained = np.asarray(role_counts, dtype=np.int64)[:, list(trained_roles)].sum(axis=1)
+        sums = self.plan.row_sums(np.stack([lengths**2, trained], axis=1)).astype(np.float64)
+        return sums / np.maximum(sums.mean(axis=0), 1) if len(sums) else sums
 
     def rows_of_step(self, step: int) -> npt.NDArray[np.int64]:
         """int64[global_batch_rows]: rows of the 0-based optimizer step; FILLER_ROW fills up."""
@@ -199,11 +214,16 @@ class RowLoader:
 
     def batches_of_step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step, always `accumulation_steps` of them."""
-        shape = (self.accumulation_steps, self.world_size, self.micro_batch_rows)
+        mine = self.shares_of_step(step)[:, :, self.rank]
+        return [self.batch(mine[micro]) for micro in range(self.accumulation_steps)]
+
+    def shares_of_step(self, step: int) -> npt.NDArray[np.int64]:
+        """int64[accumulation_steps, micro_batch_rows, world_size]: who gets which row of a step."""
+        shape = (self.accumulation_steps, self.micro_batch_rows, self.world_size)
         rows = np.full(math.prod(shape), FILLER_ROW, dtype=np.int64)
         rows[: self.global_batch_rows] = self.rows_of_step(step)
-        mine = rows.reshape(shape)[:, self.rank]
-        return [self.batch(mine[micro]) for micro in range(self.accumulation_steps)]
+        costs = np.where((rows == FILLER_ROW)[:, None], 0.0, self._row_costs[rows])
+        return rows[deal(costs, self.world_size)].reshape(shape)
 
     def batch(self, rows: npt.NDArray[np.int64]) -> Batch:
         """Materialise the given rows (FILLER_ROW gives an empty one)."""

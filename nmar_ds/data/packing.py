@@ -2,8 +2,13 @@
 
 Every trace goes, longest first, into the fullest row that still has room for it; where none
 has, it opens a row. Rows with equal room are kept in one stack per amount of room, and a bitmap
-of the amounts in use finds the fullest fitting row in O(capacity / 64) at worst, so the plan
-costs O(traces) for a fixed row length.
+of the amounts in use finds the fullest fitting row in O(capacity / 64) at worst. Traces of one
+length are placed together: the row that takes one of them is the fullest that fits the next, until
+it is full. Sorting is counting, so the plan costs O(traces) for a fixed row length.
+
+Large stores are packed in blocks of consecutive traces. Beyond a hundred thousand traces rows can
+be filled no better, but the tables outgrow the caches, and the traces of a row would lie all over
+the store's files.
 """
 
 # N traces, R rows
@@ -12,13 +17,16 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
+BLOCK = 2**17
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,53 +67,82 @@ class Plan:
         return digest.hexdigest()
 
 
-def _best_fit(lengths: IntArray, descending: IntArray, capacity: int) -> IntArray:
-    """Row of each trace. `head[room]` and `below[row]` are the stacks of rows by room."""
-    num = len(lengths)
-    row_of = np.empty(num, np.int64)
-    room_of = np.empty(num, np.int64)
-    below = np.empty(num, np.int64)
-    head = np.full(capacity + 1, -1, np.int64)
+def _best_fit(
+    lengths: npt.NDArray[np.int32], capacity: int, descending: npt.NDArray[np.int32]
+) -> tuple[npt.NDArray[np.int32], int]:
+    """The row of each trace, and the number of rows.
+
+    `head[room]` and `below[row]` are the stacks of rows by room, `words` the rooms that have one.
+    `descending` has the traces by length, longest first, those of a length in the store's order.
+    """
+    row_of = np.empty(len(lengths), np.int32)
+    below = np.empty(len(lengths), np.int32)
+    head = np.full(capacity + 1, -1, np.int32)
     words = np.zeros((capacity >> 6) + 1, np.uint64)
     num_rows = 0
     one = np.uint64(1)
-    for index in descending:
-        need = lengths[index]
+    at = 0
+    while at < len(descending):
+        need = lengths[descending[at]]
         word = need >> 6
         bits = words[word] & ~((one << np.uint64(need & 63)) - one)
         while bits == 0 and word + 1 < len(words):
             word += 1
             bits = words[word]
         if bits == 0:
-            row = num_rows
+            row, room = num_rows, capacity
             num_rows += 1
-            room = capacity
         else:
-            low = 0
-            while (bits >> np.uint64(low)) & one == 0:
-                low += 1
-            room = (word << 6) + low
+            room = (word << 6) + _lowest_bit(bits)
             row = head[room]
             head[room] = below[row]
             if head[room] < 0:
                 words[room >> 6] &= ~(one << np.uint64(room & 63))
-        row_of[index] = row
-        room -= need
-        room_of[row] = room
+        while room >= need and at < len(descending) and lengths[descending[at]] == need:
+            row_of[descending[at]] = row
+            room -= need
+            at += 1
         if room > 0:
             below[row] = head[room]
             head[room] = row
             words[room >> 6] |= one << np.uint64(room & 63)
-    return row_of
+    return row_of, num_rows
+
+
+def _by_counting(
+    keys: npt.NDArray[np.int32], num_keys: int
+) -> tuple[npt.NDArray[np.int32], IntArray]:
+    """Indices by key, equal keys in order; and where each key's begin, int64[num_keys + 1]."""
+    starts = np.zeros(num_keys + 1, np.int64)
+    for key in keys:
+        starts[key + 1] += 1
+    for key in range(num_keys):
+        starts[key + 1] += starts[key]
+    order = np.empty(len(keys), np.int32)
+    place = starts.copy()
+    for index in range(len(keys)):
+        order[place[keys[index]]] = index
+        place[keys[index]] += 1
+    return order, starts
+
+
+def _lowest_bit(bits: Any) -> int:
+    """Index of the lowest set bit of a 64-bit word that has one, by halves."""
+    low = 0
+    for half in (32, 16, 8, 4, 2, 1):
+        if bits & ((np.uint64(1) << np.uint64(half)) - np.uint64(1)) == 0:
+            bits >>= np.uint64(half)
+            low += half
+    return low
 
 
 @functools.cache
-def _compiled_best_fit() -> Callable[[IntArray, IntArray, int], IntArray]:
+def _compiled() -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Numba takes longer to import than all that a launcher does before it needs a plan."""
     import numba
 
-    compiled: Callable[[IntArray, IntArray, int], IntArray] = numba.njit(cache=True)(_best_fit)
-    return compiled
+    globals()["_lowest_bit"] = numba.njit(cache=True)(_lowest_bit)
+    return numba.njit(cache=True)(_best_fit), numba.njit(cache=True)(_by_counting)
 
 
 def best_fit_decreasing(lengths_N: npt.ArrayLike, capacity: int) -> Plan:
@@ -121,14 +158,29 @@ def best_fit_decreasing(lengths_N: npt.ArrayLike, capacity: int) -> Plan:
     Raises:
         ValueError: a length is outside 1..capacity (over-long traces are settled before this).
     """
-    lengths = np.ascontiguousarray(lengths_N, dtype=np.int64)
+    lengths = np.ascontiguousarray(lengths_N)
     if len(lengths) and (lengths.min() < 1 or lengths.max() > capacity):
         bad = int(np.flatnonzero((lengths < 1) | (lengths > capacity))[0])
         raise ValueError(f"trace {bad} has {lengths[bad]} tokens, expected 1 to {capacity}")
-    descending = np.argsort(-lengths, kind="stable").astype(np.int64)
-    row_of = _compiled_best_fit()(lengths, descending, capacity)
-    # Grouping by row with a stable sort keeps the traces of a row in the order of the store.
-    order = np.argsort(row_of, kind="stable").astype(np.int64)
-    num_rows = int(row_of.max()) + 1 if len(row_of) else 0
-    row_offsets = np.searchsorted(row_of[order], np.arange(num_rows + 1)).astype(np.int64)
-    return Plan(order=order, row_offsets=row_offsets, capacity=capacity)
+    order = np.empty(len(lengths), dtype=np.int64)
+    row_offsets = [np.zeros(1, dtype=np.int64)]
+    num_blocks = max(1, round(len(lengths) / BLOCK))
+    edges = [len(lengths) * number // num_blocks for number in range(num_blocks + 1)]
+    for start, end in itertools.pairwise(edges):
+        block = lengths[start:end].astype(np.int32)
+        order[start:end], ends = _pack_block(block, capacity)
+        order[start:end] += start
+        row_offsets.append(ends + start)
+    return Plan(order=order, row_offsets=np.concatenate(row_offsets), capacity=capacity)
+
+
+def _pack_block(
+    lengths: npt.NDArray[np.int32], capacity: int
+) -> tuple[npt.NDArray[np.int32], IntArray]:
+    """Traces in row order, and where each row ends."""
+    best_fit, by_counting = _compiled()
+    descending, _ = by_counting(capacity - lengths, capacity)
+    row_of, num_rows = best_fit(lengths, capacity, descending)
+    # Counting keeps the traces of a row in the order of the store.
+    order, starts = by_counting(row_of, num_rows)
+    return order, starts[1:]

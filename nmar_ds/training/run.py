@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 
@@ -308,6 +309,7 @@ def _loader_of(part: str, config: RunConfig, plan: RunPlan, ranks: Ranks) -> Row
         rank=ranks.rank,
         world_size=ranks.world_size,
         pad_id=store.manifest["tokenizer"]["eos_id"] if pad_id is None else pad_id,
+        trained_roles=np.flatnonzero(plan.weights).tolist(),
     )
 
 

@@ -331,7 +331,8 @@ def test_a_rank_that_never_has_a_row_is_a_programmers_error() -> None:
 def test_rows_that_do_not_divide_are_filled_up_at_the_end() -> None:
     shares = [[b.num_tokens > 0 for b in loader(rank=r, world=3).batches_of_step(0)]
               for r in range(3)]  # fmt: skip
-    assert shares == [[True, True, True], [True, True, True], [True, True, False]]
+    assert [sum(rank) for rank in shares] in ([3, 3, 2], [3, 2, 3], [2, 3, 3])
+    assert all(rank[:2] == [True, True] for rank in shares), "the empty row is in the last round"
 
 
 def test_the_first_token_of_a_trace_never_counts_whatever_its_role() -> None:
