@@ -84,7 +84,11 @@ def memory_of(
     tokens = config.training.micro_batch_rows * config.data.sequence_length
     part = sum(-(-numel // world_size) * count for numel, count in shape.parameters())
     limit = zero.param_persistence_threshold
-    whole = sum(numel * count for numel, count in shape.parameters() if numel <= limit)
+    whole = sum(  # gathered from padded partitions
+        -(-numel // world_size) * world_size * count
+        for numel, count in shape.parameters()
+        if numel <= limit
+    )
     hpz = zero.hpz_partition_size
     second = sum(
         -(-numel // world_size) * world_size // hpz * count
