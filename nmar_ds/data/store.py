@@ -13,18 +13,28 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from nmar_ds.data.shards import (
+    ARRAYS,
+    ShardWriter,
+    add_counts,
+    counts_of,
+    ids_dtype,
+    loose_arrays,
+    shard_file,
+)
 from nmar_ds.errors import NmarError, StoreError
 from nmar_ds.files import free_bytes, sha256_file, sync
 from nmar_ds.traces.encoding import Tokenizer, load_tokenizer
 from nmar_ds.traces.reduction import Machine
-from nmar_ds.traces.schema import NUM_ROLES, IdArray, Role, RoleArray, Trace
+from nmar_ds.traces.schema import NUM_ROLES, IdArray, RoleArray, Trace
 
 # N traces in a store, T tokens in a trace
 
@@ -35,13 +45,6 @@ SHARD_TOKENS = 2**27
 FLUSH_TOKENS = 2**20
 PLAIN_NAME = re.compile(rf"({TOKENIZER_FOLDER}/)?[A-Za-z0-9_][A-Za-z0-9._-]*")
 AGAIN = "prepare it again with launcher/prepare.py"
-
-# What a shard of n traces and t tokens consists of: type, and number of entries. `onsets` holds
-# the onsets of all traces on end, `onset_offsets` where each trace's begin.
-ARRAYS = {
-    "ids": "", "roles": "|u1", "offsets": "<i8", "onsets": "<i4", "onset_offsets": "<i8",
-    "lines": "<i8", "sources": "<i4", "role_counts": "<i4",
-}  # fmt: skip
 
 
 def write_store(
@@ -81,25 +84,87 @@ def write_store(
     Raises:
         StoreError: something else is at `folder`, or nothing can be written there.
     """
+
+    def fill(partial: Path) -> Content:
+        writer = _Writer(partial, tokenizer.size, shard_tokens)
+        for trace in traces:
+            writer.add(trace)
+        writer.close_shard()
+        add_counts(writer.content.counts, counts_of(loose_arrays([], "<u2")))  # where none came
+        writer.content.counts = {**(counts or {}), **writer.content.counts}
+        writer.content.notes = dict(notes or {})
+        return writer.content
+
+    return publish_store(
+        folder, fill, tokenizer=tokenizer, machine=machine, boundaries=boundaries,
+        context=context, sources=sources, builder=builder, seed=seed,
+    )  # fmt: skip
+
+
+@dataclass(slots=True)
+class Content:
+    """What fills a store.
+
+    Attributes:
+        ids_dtype: of the ids.
+        shards: their counts, in order.
+        files: size and sha256 of each file written.
+        counts: those of the traces, and any others.
+        notes: tables of JSON lines by name.
+    """
+
+    ids_dtype: str
+    shards: list[dict[str, int]] = field(default_factory=list)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    counts: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Iterable[Mapping[str, Any]]] = field(default_factory=dict)
+
+
+def publish_store(
+    folder: str | Path,
+    fill: Callable[[Path], Content],
+    *,
+    tokenizer: Tokenizer,
+    machine: Machine | None = None,
+    boundaries: Iterable[str] = (),
+    context: str = "linear",
+    sources: Iterable[Mapping[str, Any]] = (),
+    builder: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Write a store beside its place, and put it in the place of an older one at the very end.
+
+    Args:
+        folder: final place; something there that is not a store is never overwritten.
+        fill: writes the shards into the folder it is given, and says what they are.
+        tokenizer: copied into the store.
+        machine: what one undo pops; by default one token.
+        boundaries: the texts its boundary ids were found by.
+        context: what a token may see.
+        sources: path and sha256 of each source file.
+        builder: settings the traces were built with.
+        seed: of the builder.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        StoreError: something else is at `folder`, or nothing can be written there.
+    """
     folder = Path(folder)
     machine = machine or Machine(tokenizer.undo_id)
     assert machine.undo_id == tokenizer.undo_id, "the machine of another tokenizer"
-    _require_replaceable(folder)
+    require_replaceable(folder)
     partial = folder.with_name(folder.name + ".partial")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        writer = _Writer(partial, tokenizer.size, shard_tokens)
-        for trace in traces:
-            writer.add(trace)
-        writer.close_shard()
-        for name, rows in (notes or {}).items():
-            lines = [json.dumps(row, sort_keys=True, ensure_ascii=True) for row in rows]
-            writer.write(f"{name}.jsonl", "".join(line + "\n" for line in lines).encode("ascii"))
+        content = fill(partial)
+        _write_notes(partial, content)
         tokenizer.save(partial / TOKENIZER_FOLDER)
         for file in sorted((partial / TOKENIZER_FOLDER).iterdir()):
-            writer.files[f"{TOKENIZER_FOLDER}/{file.name}"] = _described(file)
+            content.files[f"{TOKENIZER_FOLDER}/{file.name}"] = _described(file)
         manifest = {
             "format_version": FORMAT_VERSION,
             "tokenizer": describe_tokenizer(tokenizer),
@@ -107,13 +172,13 @@ def write_store(
             "boundaries": list(boundaries),
             "boundary_ids": sorted(machine.boundary_ids),
             "context": context,
-            "counts": {**(counts or {}), **writer.counts()},
+            "counts": content.counts,
             "sources": [dict(source) for source in sources],
             "builder": dict(builder or {}),
             "seed": seed,
-            "ids_dtype": writer.ids_dtype,
-            "shards": writer.shards,
-            "files": writer.files,
+            "ids_dtype": content.ids_dtype,
+            "shards": content.shards,
+            "files": content.files,
         }
         manifest["checksum"] = manifest_checksum(manifest)
         text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=True) + "\n"
@@ -134,94 +199,51 @@ def write_store(
     return manifest
 
 
+def _write_notes(partial: Path, content: Content) -> None:
+    for name, rows in content.notes.items():
+        lines = [json.dumps(row, sort_keys=True, ensure_ascii=True) for row in rows]
+        text = "".join(line + "\n" for line in lines).encode("ascii")
+        (partial / f"{name}.jsonl").write_bytes(text)
+        digest = hashlib.sha256(text).hexdigest()
+        content.files[f"{name}.jsonl"] = {"size": len(text), "sha256": digest}
+
+
 class _Writer:
-    """Collects traces, writes them shard by shard, hashes as it writes."""
+    """Collects traces and writes them shard by shard."""
 
     def __init__(self, folder: Path, vocabulary_size: int, shard_tokens: int) -> None:
-        self.folder, self.shard_tokens = folder, shard_tokens
-        self.ids_dtype = "<u2" if vocabulary_size <= 2**16 else "<i4"
-        self.files: dict[str, dict[str, Any]] = {}
-        self.shards: list[dict[str, int]] = []
-        self.num_tokens_by_role = np.zeros(NUM_ROLES, dtype=np.int64)
-        self.num_traces = self.num_clean = self.num_deviations = 0
+        self.content = Content(ids_dtype=ids_dtype(vocabulary_size))
+        self._folder, self._shard_tokens = folder, shard_tokens
         self._pending: list[Trace] = []
         self._num_pending = 0
-        self._open: dict[str, Any] = {}
+        self._shard: ShardWriter | None = None
 
     def add(self, trace: Trace) -> None:
         self._pending.append(trace)
         self._num_pending += len(trace)
         if self._num_pending >= FLUSH_TOKENS:
             self._flush()
-        if self._open and self.shards[-1]["num_tokens"] + self._num_pending >= self.shard_tokens:
-            self.close_shard()
-        elif self._num_pending >= self.shard_tokens:
+        written = 0 if self._shard is None else self._shard.entry["num_tokens"]
+        if written + self._num_pending >= self._shard_tokens:
             self.close_shard()
 
     def _flush(self) -> None:
-        """Turn the pending traces into bytes: a handful of large array operations."""
         traces, self._pending, self._num_pending = self._pending, [], 0
         if not traces:
             return
-        if not self._open:
-            self._open_shard()
-        shard = self.shards[-1]
-        lengths = np.array([len(trace) for trace in traces], dtype=np.int64)
-        num_onsets = np.array([len(trace.onsets) for trace in traces], dtype=np.int64)
-        roles = np.concatenate([trace.roles for trace in traces])
-        counts = role_counts(roles, lengths)
-        ends = np.cumsum(lengths)
-        self._put("ids", np.concatenate([trace.ids for trace in traces]))
-        self._put("roles", roles)
-        self._put("offsets", shard["num_tokens"] + ends)
-        self._put("onsets", np.array([n for trace in traces for n in trace.onsets], dtype=np.int32))
-        self._put("onset_offsets", shard["num_onsets"] + np.cumsum(num_onsets))
-        self._put("lines", np.array([trace.line for trace in traces], dtype=np.int64))
-        self._put("sources", np.array([trace.source for trace in traces], dtype=np.int32))
-        self._put("role_counts", counts)
-        shard["num_traces"] += len(traces)
-        shard["num_tokens"] += int(lengths.sum())
-        shard["num_onsets"] += int(num_onsets.sum())
-        self.num_traces += len(traces)
-        self.num_clean += int((num_onsets == 0).sum())
-        self.num_deviations += int(num_onsets.sum())
-        self.num_tokens_by_role += np.bincount(roles, minlength=NUM_ROLES)
-
-    def _open_shard(self) -> None:
-        number = len(self.shards)
-        self.shards.append({"num_traces": 0, "num_tokens": 0, "num_onsets": 0})
-        for array in ARRAYS:
-            file = (self.folder / shard_file(number, array)).open("wb")
-            self._open[array] = (file, hashlib.sha256())
-        self._put("offsets", np.zeros(1, dtype=np.int64))
-        self._put("onset_offsets", np.zeros(1, dtype=np.int64))
-
-    def _put(self, array: str, values: npt.NDArray[Any]) -> None:
-        content = values.astype(ARRAYS[array] or self.ids_dtype).tobytes()
-        file, digest = self._open[array]
-        file.write(content)
-        digest.update(content)
+        dtype = self.content.ids_dtype
+        if self._shard is None:
+            self._shard = ShardWriter(self._folder, len(self.content.shards), dtype)
+        arrays = loose_arrays(traces, dtype)
+        self._shard.add(arrays)
+        add_counts(self.content.counts, counts_of(arrays))
 
     def close_shard(self) -> None:
         self._flush()
-        for array, (file, digest) in self._open.items():
-            size = file.tell()
-            file.close()
-            name = shard_file(len(self.shards) - 1, array)
-            self.files[name] = {"size": size, "sha256": digest.hexdigest()}
-        self._open = {}
-
-    def write(self, name: str, content: bytes) -> None:
-        (self.folder / name).write_bytes(content)
-        self.files[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-    def counts(self) -> dict[str, Any]:
-        return {
-            "stored": self.num_traces,
-            "clean": self.num_clean,
-            "deviations": self.num_deviations,
-            "tokens": {role.label: int(self.num_tokens_by_role[role]) for role in Role},
-        }
+        if self._shard is not None:
+            self.content.files |= self._shard.close()
+            self.content.shards.append(self._shard.entry)
+            self._shard = None
 
 
 class Store:
@@ -420,29 +442,6 @@ def manifest_checksum(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 
-def role_counts(roles: RoleArray, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Count targets by role.
-
-    Args:
-        roles: uint8[sum of lengths], traces on end.
-        lengths: int64[N], none of them 0.
-
-    Returns:
-        int64[N, 5]; the first token of each trace is left out.
-    """
-    starts = np.cumsum(lengths) - lengths
-    counts = np.empty((len(lengths), NUM_ROLES), dtype=np.int64)
-    for role in range(NUM_ROLES):
-        is_role = roles == role
-        counts[:, role] = np.add.reduceat(is_role, starts, dtype=np.int64) - is_role[starts]
-    return counts
-
-
-def shard_file(number: int, array: str) -> str:
-    """Return the name of a shard's file."""
-    return f"shard-{number:05d}.{array}.bin"
-
-
 def _described(file: Path) -> dict[str, Any]:
     try:
         digest = sha256_file(file)
@@ -455,7 +454,8 @@ def _size_of(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def _require_replaceable(folder: Path) -> None:
+def require_replaceable(folder: Path) -> None:
+    """Refuse a place that holds something other than a store."""
     if folder.is_dir() and any(folder.iterdir()) and not _is_store(folder):
         raise StoreError(f"{folder}: holds something else, expected a store or no such folder")
     if folder.exists() and not folder.is_dir():

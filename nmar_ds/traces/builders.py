@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from nmar_ds.errors import VocabularyError
 from nmar_ds.traces.assembly import Deviation, Turn, assemble, check, move_starts, said_by
-from nmar_ds.traces.encoding import PIECE_CLASSES, Tokenizer
+from nmar_ds.traces.encoding import Tokenizer
+from nmar_ds.traces.pool import Pool
 from nmar_ds.traces.schema import IdArray
 from nmar_ds.traces.turns import Encoded, encode_record, trace_of_ids
 
@@ -202,91 +202,3 @@ def _as_encoded(
     if not np.array_equal(whole[: len(before)], before) or len(whole) <= len(before):
         return None
     return whole[len(before) :] if tokenizer.decode_bytes(whole) == spelled else None
-
-
-@dataclass(slots=True)
-class _Group:
-    """The references of one group, joined; filled while reading, indexed once afterwards."""
-
-    parts: list[IdArray] = field(default_factory=list)
-    texts: list[int] = field(default_factory=list)
-    records: list[tuple[int, int]] = field(default_factory=list)
-    ids: IdArray = field(default_factory=lambda: np.empty(0, dtype=np.int32))
-    ends: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    places: dict[int, npt.NDArray[np.int64]] = field(default_factory=dict)
-    firsts: dict[int, IdArray] = field(default_factory=dict)
-    has_choice: bool = False
-
-
-class Pool:
-    """All references by group and piece class: about 20 bytes a token in memory."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._groups: dict[str, _Group] = {}
-        self._numbers: dict[bytes, int] = {}
-
-    def add(self, group: str, reference_ids: IdArray, record: tuple[int, int]) -> None:
-        """Add a reference (with its stop token, which is left out)."""
-        key = hashlib.sha256(reference_ids.tobytes()).digest()
-        number = self._numbers.setdefault(key, len(self._numbers))
-        entry = self._groups.setdefault(group, _Group())
-        entry.parts.append(reference_ids[:-1])
-        entry.texts.append(number)
-        entry.records.append(record)
-
-    def finish(self) -> None:
-        """Index what was added."""
-        for group in self._groups.values():
-            group.ids = np.concatenate(group.parts)
-            group.ends = np.cumsum([len(part) for part in group.parts])
-            group.has_choice = len(set(group.texts)) > 1
-            group.parts.clear()
-            classes = self._tokenizer.class_of[group.ids]
-            for number in range(len(PIECE_CLASSES)):
-                places = np.flatnonzero(classes == number)
-                firsts = group.ids[places]
-                order = np.argsort(firsts, kind="stable")
-                group.places[number] = places[order]
-                group.firsts[number] = firsts[order]
-
-    def number_of(self, reference_ids: IdArray) -> int:
-        """Return the number under which references that read the same are known, -1 if none."""
-        return self._numbers.get(hashlib.sha256(reference_ids.tobytes()).digest(), -1)
-
-    def draw(
-        self,
-        *,
-        group: str,
-        right_id: int,
-        rng: np.random.Generator,
-        length: int,
-        own: int,
-        record: tuple[int, int],
-    ) -> IdArray | None:
-        """Take a stretch whose first piece has the class of the right one but is another.
-
-        Uniform over all such places of the group.
-
-        Returns:
-            int32[0 to length], empty where the draw fell on the record itself or on a reference
-            that reads the same; None where the group has nothing to offer.
-        """
-        entry = self._groups.get(group)
-        if entry is None or not entry.has_choice:
-            return None
-        piece_class = int(self._tokenizer.class_of[right_id])
-        places, firsts = entry.places[piece_class], entry.firsts[piece_class]
-        # Places are sorted by their first piece, so those of the right piece are one stretch.
-        # Asked in their own dtype: another would copy all of them for each question.
-        asked = np.array([right_id, right_id + 1], dtype=firsts.dtype)
-        left, end = firsts.searchsorted(asked).tolist()
-        num_others = len(places) - (end - left)
-        if num_others == 0:
-            return None
-        drawn = int(rng.integers(num_others))
-        start = int(places[drawn if drawn < left else drawn + end - left])
-        donor = int(entry.ends.searchsorted(start, side="right"))
-        if entry.texts[donor] == own or entry.records[donor] == record:
-            return entry.ids[:0]
-        return entry.ids[start : min(start + length, int(entry.ends[donor]))]
