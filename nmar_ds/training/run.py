@@ -1,58 +1,51 @@
-"""One training run, put together: plan, model, engine, canary, resume, loop."""
+"""One training run from start to end: folder, checkpoint, engine, canary, loop, and what is left."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import platform
 import shutil
 import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 import yaml
 
-from nmar_ds import __version__
 from nmar_ds.config import RunConfig, deepspeed_config
-from nmar_ds.data.loader import Batch, RowLoader
-from nmar_ds.data.store import boundary_ids_of
 from nmar_ds.errors import (
     CheckpointError,
-    ConfigError,
     DivergenceError,
     PeerLostError,
     SaveError,
 )
-from nmar_ds.model import row_norms
-from nmar_ds.model.attention import check_supported
-from nmar_ds.model.canary import CanaryReport, run_canary
-from nmar_ds.model.loading import load_model, trainable_parameters
-from nmar_ds.model.training_model import UndoTrainingModel
-from nmar_ds.model.vocabulary import known_rows
-from nmar_ds.training import attempts, checkpoints, elastic, heldout, outcome
+from nmar_ds.model.loading import trainable_parameters
+from nmar_ds.training import attempts, checkpoints, elastic, outcome
 from nmar_ds.training.engine import (
     Engine,
     ProcessPeers,
-    all_reduce,
     close_process_group,
-    make_optimizer,
     naming_lost_peers,
     start_process_group,
 )
-from nmar_ds.training.loop import TrainingLoop, forward_arguments
 from nmar_ds.training.monitor import Monitor
 from nmar_ds.training.nodes import check_same_everywhere, check_shared_folder
-from nmar_ds.training.partitions import SavedPartitions
+from nmar_ds.training.parts import (
+    build_engine,
+    check_start,
+    introduce,
+    library_versions,
+    load_resliced,
+    loader_of,
+    make_loop,
+    make_saver,
+    restore_random_state,
+)
 from nmar_ds.training.plain_data import check_plain_data
 from nmar_ds.training.planning import RunPlan
 from nmar_ds.training.ranks import Ranks
 from nmar_ds.training.run_folder import RunLock, check_space, checkpoint_bytes
-from nmar_ds.training.saving import BackgroundSaver, BlockingSaver, Saver, Shelf
 from nmar_ds.training.stopping import (
     STOP_FILE,
     Launcher,
@@ -123,7 +116,7 @@ def _run(
 ) -> bool:
     peers = ProcessPeers()
     output = Path(config.output)
-    check_same_everywhere(peers.gather({**plan.facts, **_versions()}))
+    check_same_everywhere(peers.gather({**plan.facts, **library_versions()}))
     if ranks.world_size > ranks.local_world_size:
         check_shared_folder(output, peers)
     _take_folder(lock, peers)
@@ -181,32 +174,32 @@ def _attempt(
         return False
     settings = deepspeed_config(config, world_size=ranks.world_size)
     with peers.share_errors():
-        engine, undo_row = _build_engine(config, plan, settings, peers)
+        engine, undo_row = build_engine(config, plan, settings, peers)
     # Every rank draws the same numbers before this line; dropout and the like must differ after.
     torch.manual_seed(config.seed + 1 + ranks.rank)
     origin = ""
     if found and found.manifest["world_size"] == ranks.world_size:
-        _restore(engine.load_from(found.folder.parent, found.folder.name))
+        restore_random_state(engine.load_from(found.folder.parent, found.folder.name))
     elif found:
         origin = f", saved by {found.manifest['world_size']} ranks and re-sliced for "
         origin += f"{ranks.world_size}"
-        _reslice(engine, found, peers)
+        load_resliced(engine, found, peers)
         torch.manual_seed(elastic.seed_of(config.seed, first_step, ranks.rank, ranks.world_size))
     with peers.share_errors():
         if peers.rank == 0:
             _prepare_folder(output, config, plan, engine, fresh=found is None)
-    loader = _loader_of("train", config, plan, ranks)
+    loader = loader_of("train", config, plan, ranks)
     with Monitor(
         output / "tensorboard",
         is_writer=peers.rank == 0,
         total_steps=plan.total_steps,
         first_step=first_step,
     ) as monitor:
-        _introduce(monitor, config, plan, engine, undo_row)
+        introduce(monitor, config, plan, engine, undo_row)
         # As in training: activation checkpointing, for one, is off in evaluation mode.
         engine.train()
         with peers.share_errors():
-            report = _canary(engine, loader, first_step, config, plan)
+            report = check_start(engine, loader, first_step, config, plan)
         notes = "".join(f"; {note}" for note in report.notes)
         monitor.say(
             f"canary    {len(report.checks)} checks passed: other traces change no bit, packed = "
@@ -216,8 +209,8 @@ def _attempt(
             monitor.say(f"resumed   from {found.folder} after step {first_step}{origin}")
         if told_to_stop(stop, peers, first_step):
             return False
-        saver = _make_saver(config, plan, ranks, engine, monitor=monitor, peers=peers, found=found)
-        loop = _make_loop(
+        saver = make_saver(config, plan, ranks, engine, monitor=monitor, peers=peers, found=found)
+        loop = make_loop(
             config, plan, ranks, engine, loader=loader, monitor=monitor, saver=saver, stop=stop,
             enter_phase=enter_phase, hosts=peers.gather(socket.gethostname()),
         )  # fmt: skip
@@ -269,207 +262,6 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
         shutil.copyfile(file, folder / file.name)
 
 
-def _introduce(
-    monitor: Monitor, config: RunConfig, plan: RunPlan, engine: Engine, undo_row: str
-) -> None:
-    """Say what is about to be trained on what."""
-    for line in plan.summary(config):
-        monitor.say(line)
-    num_weights = trainable_parameters(engine.module.parameters())
-    monitor.say(
-        f"model     {num_weights:,} weights, {config.model.dtype}, ZeRO-3 on "
-        f"{engine.world_size} ranks ({engine.device.type})"
-    )
-    if empty := _empty_rows(config, engine.world_size):
-        monitor.say(
-            f"empty     {empty} rows in every step: {config.training.global_batch_rows} do not "
-            f"divide among {engine.world_size} ranks x {config.training.micro_batch_rows}"
-        )
-    norms = row_norms.describe(_undo_row_norms(engine, plan))
-    monitor.say(f"undo row  {undo_row}; {norms}")
-
-
-def _empty_rows(config: RunConfig, world_size: int) -> int:
-    """Rows that fill every step up, so that all ranks run as many."""
-    each = config.training.micro_batch_rows * world_size
-    return config.accumulation_steps(world_size) * each - config.training.global_batch_rows
-
-
-def _loader_of(part: str, config: RunConfig, plan: RunPlan, ranks: Ranks) -> RowLoader:
-    """This rank's rows of the `train` or the `heldout` store."""
-    store, rows = (plan.store, plan.plan) if part == "train" else (plan.heldout, plan.heldout_plan)
-    pad_id = store.manifest["tokenizer"]["pad_id"]
-    return RowLoader(
-        store,
-        rows,
-        store.role_counts,
-        seed=config.seed,
-        global_batch_rows=config.training.global_batch_rows,
-        micro_batch_rows=config.training.micro_batch_rows,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        pad_id=store.manifest["tokenizer"]["eos_id"] if pad_id is None else pad_id,
-        trained_roles=np.flatnonzero(plan.weights).tolist(),
-    )
-
-
-def _reslice(engine: Engine, found: checkpoints.Found, peers: ProcessPeers) -> None:
-    """Load a checkpoint of another number of ranks. Collective."""
-    with peers.share_errors():
-        with SavedPartitions(found.folder, found.manifest) as saved:
-            slices = engine.prepare_resliced(saved)
-    engine.take_resliced(slices)
-
-
-def _make_saver(
-    config: RunConfig,
-    plan: RunPlan,
-    ranks: Ranks,
-    engine: Engine,
-    *,
-    monitor: Monitor,
-    peers: ProcessPeers,
-    found: checkpoints.Found | None,
-) -> Saver:
-    """Blocking or in the background; the checkpoint resumed from counts as verified."""
-    shelf = Shelf(
-        folder=Path(config.output) / "checkpoints",
-        peers=peers,
-        facts=_manifest_facts(config, plan, ranks, engine.module),
-        keep=config.checkpoint.keep,
-        verified={found.folder.name} if found else set(),
-    )
-    if not config.checkpoint.asynchronous:
-        return BlockingSaver(shelf, lambda folder, tag: engine.save_into(folder, tag, _state()))
-
-    def report(step: int, num_failed: int, line: str) -> None:
-        monitor.say(line)
-        monitor.scalars(step, {"safety/failed_saves": num_failed})
-
-    return BackgroundSaver(
-        shelf,
-        lambda folder, tag: engine.copy_into(folder, tag, _state()),
-        max_failed=config.checkpoint.max_failed_saves,
-        report=report,
-    )
-
-
-def _make_loop(
-    config: RunConfig,
-    plan: RunPlan,
-    ranks: Ranks,
-    engine: Engine,
-    *,
-    loader: RowLoader,
-    monitor: Monitor,
-    saver: Saver,
-    stop: StopSignal,
-    enter_phase: Callable[[str], None],
-    hosts: list[str],
-) -> TrainingLoop:
-    """The loop, given its ways to save and to measure."""
-    heldout_loader = _loader_of("heldout", config, plan, ranks)
-
-    def arguments(batch: Batch) -> dict[str, Any]:
-        return forward_arguments(batch, plan.weights, engine.device)
-
-    def measure_heldout() -> dict[str, float]:
-        losses = heldout.measure(
-            engine,
-            heldout_loader,
-            num_rows=config.training.eval_rows,
-            onsets=plan.heldout.onsets,
-            arguments=arguments,
-            reduce=all_reduce,
-        )
-        return losses | _undo_row_norms(engine, plan)
-
-    return TrainingLoop(
-        engine,
-        loader,
-        weights=plan.weights,
-        denominator_kind=config.objective.denominator,
-        options=config.objective.options,
-        optimizer=config.optimizer,
-        training=config.training,
-        total_steps=plan.total_steps,
-        monitor=monitor,
-        saver=saver,
-        save_every=config.checkpoint.every,
-        measure_heldout=measure_heldout,
-        stop_requested=stop,
-        enter_phase=enter_phase,
-        hosts=hosts,
-    )
-
-
-def _canary(
-    engine: Engine, loader: RowLoader, step: int, config: RunConfig, plan: RunPlan
-) -> CanaryReport:
-    """Run the start-up checks through the very call that trains."""
-
-    def call(mode: str, *inputs: Any, **tensors: Any) -> Any:
-        return engine(*inputs, mode=mode, **tensors)
-
-    return run_canary(
-        call,
-        loader.batches_of_step(step)[0],
-        weights=plan.weights,
-        options=config.objective.options,
-        vocab_size=plan.store.manifest["tokenizer"]["size"],
-        dtype=getattr(torch, config.model.dtype),
-        device=engine.device,
-    )
-
-
-def _undo_row_norms(engine: Engine, plan: RunPlan) -> dict[str, float]:
-    """Norms of the undo row beside those of the known rows, as scalars. Collective.
-
-    Through the engine's forward, the one place where ZeRO-3 gathers the rows.
-    """
-    tokenizer = plan.store.manifest["tokenizer"]
-    known_K = known_rows(tokenizer["size"], tokenizer["undo_id"], plan.undo_init.excluded_ids)
-    with torch.no_grad():
-        norms = engine(
-            mode="row_norms", known_K=known_K.to(engine.device), undo_id=tokenizer["undo_id"]
-        )
-    return row_norms.as_scalars(norms)
-
-
-def _build_engine(
-    config: RunConfig, plan: RunPlan, settings: dict[str, Any], peers: ProcessPeers
-) -> tuple[Engine, str]:
-    facts = plan.store.manifest["tokenizer"]
-    loaded = load_model(
-        config.model,
-        settings,
-        tokenizer_size=facts["size"],
-        undo_id=facts["undo_id"],
-        tokenizer_fingerprint=facts["fingerprint"],
-        ids={
-            "bos_token_id": facts["bos_id"],
-            "eos_token_id": facts["eos_id"],
-            "pad_token_id": facts["pad_id"],
-        },
-        seed=config.seed,
-        undo_init=plan.undo_init,
-        peers=peers,
-    )
-    longest = max(int(store.lengths.max()) for store in (plan.store, plan.heldout))
-    check_supported(loaded.model.config, longest=longest)
-    places = getattr(loaded.model.config, "max_position_embeddings", None)
-    if places is not None and longest > places:
-        raise ConfigError(
-            f"model.max_position_embeddings: {places}, but the longest trace has {longest} tokens"
-        )
-    model = UndoTrainingModel(loaded.model, options=config.objective.options)
-    layers = sorted(loaded.model._no_split_modules or ()) if config.zero.gather_whole_layers else []
-    offloaded = config.zero.offload_optimizer is not None
-    optimizer = make_optimizer(model, config.optimizer, in_host_memory=offloaded)
-    engine = Engine(model, settings, optimizer, whole_modules=layers)
-    return engine, loaded.undo_row
-
-
 def _find_checkpoint(
     config: RunConfig, plan: RunPlan, peers: ProcessPeers, folder: Path
 ) -> checkpoints.Found | None:
@@ -488,47 +280,3 @@ def _find_checkpoint(
                 found.folder,
             )
     return found
-
-
-def _manifest_facts(config: RunConfig, plan: RunPlan, ranks: Ranks, model: Any) -> dict[str, Any]:
-    return {
-        "run": plan.facts,
-        "name": config.name,
-        "world_size": ranks.world_size,
-        "tokenizer": plan.store.manifest["tokenizer"],
-        "semantics": config.undo.semantics,
-        "chat": plan.store.manifest["builder"].get("chat"),
-        "boundary_ids": boundary_ids_of(plan.store.manifest),
-        "context": config.context,
-        "undo_token": config.undo.token,
-        "dtype": config.model.dtype,
-        "model_config": json.loads(model.lm.config.to_json_string(use_diff=False)),
-        "versions": _versions(),
-    }
-
-
-def _versions() -> dict[str, str]:
-    import deepspeed
-    import transformers
-
-    return {
-        "nmar_ds": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def _state() -> dict[str, Any]:
-    """Random-number state of this rank, as tensors (a safe loader refuses anything else)."""
-    state = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _restore(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

@@ -29,7 +29,7 @@ def forgets_random_state() -> None:
     """Random numbers go on as in a new run; no weight tells, until something draws some."""
     from nmar_ds.training import run
 
-    run._restore = lambda state: None
+    run.restore_random_state = lambda state: None
 
 
 def skips_a_step() -> None:
@@ -47,7 +47,7 @@ def reads_other_rows() -> None:
     from nmar_ds.training import run
     from nmar_ds.training.checkpoints import step_folders
 
-    loader_of = run._loader_of
+    loader_of = run.loader_of
 
     def loader(part: str, config: Any, *args: Any) -> Any:
         resumed = bool(step_folders(Path(config.output) / "checkpoints"))
@@ -55,7 +55,7 @@ def reads_other_rows() -> None:
         found.seed += int(resumed)
         return found
 
-    run._loader_of = loader
+    run.loader_of = loader
 
 
 def _begins(late: int) -> None:

@@ -77,7 +77,7 @@ def _before_training(fault: dict[str, Any]) -> None:
     else:
         from nmar_ds.training import run as module  # type: ignore[no-redef]
 
-        name = "_build_engine"
+        name = "build_engine"
     original = getattr(module, name)
 
     def struck(*args: Any, **kwargs: Any) -> Any:
