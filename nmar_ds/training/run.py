@@ -1,4 +1,4 @@
-"""One training run from start to end: folder, checkpoint, engine, canary, loop, and what is left."""
+"""One training run from start to end: folder, checkpoint, engine, canary, loop, outcome."""
 
 from __future__ import annotations
 
