@@ -105,6 +105,12 @@ class PeerLostError(NmarError):
     exit_code = 1
 
 
+class WorkerLostError(NmarError):
+    """A process of a preparation ended in the middle of its work; the others' results are kept."""
+
+    exit_code = 1
+
+
 class IsolationError(NmarError):
     """The start-up canary saw packed traces influence each other, or a wrong loss."""
 

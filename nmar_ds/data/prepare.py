@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from nmar_ds.config import RunConfig
+from nmar_ds.data.crew import Crew
 from nmar_ds.data.store import read_manifest
-from nmar_ds.errors import ConfigError, NoUndoTokenError, StoreError, TraceError
+from nmar_ds.data.work import Work, drop
+from nmar_ds.errors import (
+    ConfigError,
+    LaunchError,
+    NoUndoTokenError,
+    StoreError,
+    TraceError,
+    shared,
+)
 from nmar_ds.traces.building import BuilderSettings
 from nmar_ds.traces.chat import ChatTemplate
 from nmar_ds.traces.encoding import Tokenizer, add_undo, load_tokenizer, train_sentencepiece
 from nmar_ds.traces.json_vocabulary import JsonVocabulary
-from nmar_ds.traces.parity import checked
-from nmar_ds.traces.prepare import prepare_store
-from nmar_ds.traces.sources import Source, SourceSettings, opened
+from nmar_ds.traces.parity import CheckedTokenizer, checked
+from nmar_ds.traces.prepare import Preparation, Progress, preparation
+from nmar_ds.traces.sources import Source, SourceSettings, open_source, opened
 from nmar_ds.training.planning import asked_settings, made_settings, store_folder
+from nmar_ds.training.run_folder import RunLock
+
+PARTS = ("train", "heldout")
 
 
 def source_settings(config: RunConfig, part: str) -> list[SourceSettings]:
@@ -131,47 +144,125 @@ def chat_template(config: RunConfig, tokenizer: Tokenizer) -> ChatTemplate | Non
     return None if asked is None else ChatTemplate(tokenizer, system=asked.system)
 
 
-def _up_to_date(
-    folder: Path,
-    settings: dict[str, object],
-    fingerprint: str,
-    chat: ChatTemplate | None,
-    sources: Sequence[Source],
-) -> bool:
+def _up_to_date(asked: Preparation, settings: dict[str, object]) -> bool:
     """Whether a store holds what would be prepared now, sources' content included."""
+    chat = asked.recipe.chat
     try:
-        manifest = read_manifest(folder)
+        manifest = read_manifest(asked.destination)
         made = made_settings(manifest)
         same = all(made[name] == value for name, value in settings.items())
-        same = same and manifest["tokenizer"]["fingerprint"] == fingerprint
+        same = same and manifest["tokenizer"]["fingerprint"] == asked.recipe.tokenizer.fingerprint
         same = same and manifest["builder"]["chat"] == (None if chat is None else chat.facts)
         kept = [source["sha256"] for source in manifest["sources"]]
-        return same and kept == [source.fingerprint() for source in sources]
+        return same and kept == [open_source(each).fingerprint() for each in asked.sources]
     except (StoreError, OSError, KeyError):
         return False
 
 
-def prepare_run(config: RunConfig) -> Iterator[str]:
-    """Prepare a run's stores, yielding lines for people.
+def prepare_run(
+    config: RunConfig, crew: Crew | None = None, bars: Callable[[str], Progress] | None = None
+) -> Iterator[str]:
+    """Prepare a run's stores, yielding lines for people (in the process that leads).
+
+    Args:
+        config: of the run.
+        crew: all who take part; by default this process alone.
+        bars: gives a store's progress to whoever shows it.
 
     Raises:
-        TraceError: a record is bad; nothing is left under the stores' names but what was there.
+        TraceError: a record is bad, the first in order; nothing is left under the stores' names
+            but what was there.
         ConfigError, VocabularyError: settings or tokenizer do not fit.
+        LockedError: another preparation is writing there.
+        WorkerLostError: another process ended in the middle of its work.
     """
-    for part in ("train", "heldout"):
+    crew = crew or Crew()
+    if crew.rank > 0:
+        yield from _take_part(config, crew)
+        return
+    lock = RunLock(Path(config.data.store), "data.store")
+    started: list[Work] = []
+    try:
+        try:
+            _require_sources(config)
+            if (unlocked := lock.claim()) is not None:
+                yield f"lock      {unlocked}"
+            tokenizer, origin = ready_tokenizer(config)
+            yield f"tokenizer {config.tokenizer.path}: {tokenizer.size} ids, {origin}"
+            with _compared(tokenizer) as used:
+                yield from _lead(config, crew, used, bars, started)
+        except BaseException:
+            for work in started:
+                work.stop()
+            if not started:
+                crew.share(None)
+            raise
+    finally:
+        lock.release()
+
+
+def _require_sources(config: RunConfig) -> None:
+    for part in PARTS:
         for settings in source_settings(config, part):
             if settings.path is not None and not settings.path.exists():
                 raise StoreError(f"data.{part}: {settings.path}: no such file or folder")
-    tokenizer, origin = ready_tokenizer(config)
-    yield f"tokenizer {config.tokenizer.path}: {tokenizer.size} ids, {origin}"
-    chat = chat_template(config, tokenizer)
-    if isinstance(tokenizer, JsonVocabulary):  # exported as it is: nothing to compare
-        yield from _prepare_stores(config, tokenizer, chat)
+
+
+@contextlib.contextmanager
+def _compared(tokenizer: Tokenizer) -> Iterator[Tokenizer]:
+    """The tokenizer, checked against its export unless it is exported as it is."""
+    if isinstance(tokenizer, JsonVocabulary):
+        yield tokenizer
         return
     with checked(tokenizer) as compared:
-        yield from _prepare_stores(config, compared, chat)
-        if compared.num_texts:
-            yield f"parity    {compared.num_texts:,} texts equal in tokenizer.json"
+        yield compared
+
+
+def _lead(
+    config: RunConfig,
+    crew: Crew,
+    tokenizer: Tokenizer,
+    bars: Callable[[str], Progress] | None,
+    started: list[Work],
+) -> Iterator[str]:
+    """Lay out what is not up to date, tell the others, and take part."""
+    preparations = {part: preparation_of(config, part, tokenizer) for part in PARTS}
+    attempts: dict[str, str | None] = {}
+    works: dict[str, Work] = {}
+    for part, each in preparations.items():
+        attempts[part] = None
+        if _up_to_date(each, asked_settings(config, part)):
+            drop(each.work_folder)
+        else:
+            works[part] = each.begin()
+            attempts[part] = works[part].attempt
+    crew.share({"tokenizer": str(tokenizer.path), "attempts": attempts})
+    started.extend(works.values())
+    num_compared = 0
+    for part, each in preparations.items():
+        if part not in works:
+            yield f"{part:9} {each.destination}: up to date"
+            continue
+        manifest = each.run(works[part], crew, None if bars is None else bars(part))
+        if isinstance(tokenizer, CheckedTokenizer):
+            num_compared += tokenizer.num_texts
+        yield f"{part:9} {each.destination}: {_counts(manifest)}"
+    if num_compared:
+        yield f"parity    {num_compared:,} texts equal in tokenizer.json"
+
+
+def _take_part(config: RunConfig, crew: Crew) -> Iterator[str]:
+    """What a process does that does not lead."""
+    told = crew.share(None)
+    if told is None:
+        raise shared(LaunchError("the leading process ended before the work began"))
+    tokenizer = load_tokenizer(told["tokenizer"], undo_token=config.undo.token)
+    with _compared(tokenizer) as used:
+        for part, attempt in told["attempts"].items():
+            if attempt is not None:
+                each = preparation_of(config, part, used)
+                each.run(Work(each.work_folder, attempt), crew)
+    yield from ()
 
 
 def builder_settings(config: RunConfig) -> BuilderSettings:
@@ -190,28 +281,11 @@ def builder_settings(config: RunConfig) -> BuilderSettings:
     )
 
 
-def _prepare_stores(
-    config: RunConfig, tokenizer: Tokenizer, chat: ChatTemplate | None
-) -> Iterator[str]:
-    for part in ("train", "heldout"):
-        with opened(source_settings(config, part), Path(config.data.store)) as sources:
-            yield _prepare_part(config, part, sources, tokenizer, chat)
-
-
-def _prepare_part(
-    config: RunConfig,
-    part: str,
-    sources: Sequence[Source],
-    tokenizer: Tokenizer,
-    chat: ChatTemplate | None,
-) -> str:
-    """Prepare one store, and say how it went."""
-    folder, asked = store_folder(config, part), asked_settings(config, part)
-    if _up_to_date(folder, asked, tokenizer.fingerprint, chat, sources):
-        return f"{part:9} {folder}: up to date"
-    manifest = prepare_store(
-        sources,
-        folder,
+def preparation_of(config: RunConfig, part: str, tokenizer: Tokenizer) -> Preparation:
+    """One of a run's two stores, as it is to be prepared."""
+    return preparation(
+        source_settings(config, part),
+        store_folder(config, part),
         tokenizer,
         builder=builder_settings(config),
         max_length=config.data.sequence_length,
@@ -221,9 +295,8 @@ def _prepare_part(
         boundaries=config.undo.boundaries,
         context=config.context,
         undo_token=config.undo.token,
-        chat=chat,
+        chat=chat_template(config, tokenizer),
     )
-    return f"{part:9} {folder}: {_counts(manifest)}"
 
 
 def _counts(manifest: dict[str, object]) -> str:

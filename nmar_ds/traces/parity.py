@@ -50,6 +50,10 @@ class CheckedTokenizer(Tokenizer):
         self.num_texts = 0
         self._last: tuple[str, bool] | None = None
 
+    def count_anew(self) -> None:
+        """Begin to count, as if no text had been compared yet."""
+        self.num_texts, self._last = 0, None
+
     @property
     def unchecked(self) -> Tokenizer:
         """The tokenizer without the check, for texts that are encoded again."""

@@ -25,7 +25,8 @@ from nmar_ds.traces.record_forms import Record, record_of
 from nmar_ds.traces.records import read_lines
 from nmar_ds.traces.strict_json import Flaw
 
-CHUNK_BYTES = 2**20
+CHUNK_BYTES = 2**18
+MAX_CHUNKS = 1024  # of a file: larger files have larger chunks
 CHUNK_ROWS = 500
 LINES = (".jsonl", ".ndjson", ".json")
 PACKED = (".gz", ".zst")
@@ -215,7 +216,8 @@ class LineFile(Source):
     def _chunks(self) -> Iterator[Chunk]:
         with self.path.open("rb") as file:
             start, first = 0, 1
-            while block := file.read(CHUNK_BYTES):
+            chunk_bytes = max(CHUNK_BYTES, self.path.stat().st_size // MAX_CHUNKS)
+            while block := file.read(chunk_bytes):
                 num, size = block.count(b"\n"), len(block)
                 # On to the end of the line that the block cuts, however long it is.
                 while block and not block.endswith(b"\n"):
@@ -266,18 +268,24 @@ def opened(settings: Sequence[SourceSettings], folder: Path) -> Iterator[list[So
 def unpack(path: Path, folder: Path) -> Path:
     """Write what a `.gz` or `.zst` file holds into a folder, so that chunks can be found in it.
 
+    What lies there from before is taken as it is.
+
     Raises:
         TraceError: the file is damaged or cut off.
         ConfigError: the library for `.zst` is missing.
     """
     target = folder / path.stem
+    if target.exists():
+        return target
+    partial = target.with_name(target.name + ".partial")
     with _NamedErrors(str(path)):
         try:
-            with target.open("wb") as plain:
+            with partial.open("wb") as plain:
                 for block in _gunzip(path) if path.suffix == ".gz" else _unzstd(path):
                     plain.write(block)
         except EOFError as error:
             raise TraceError(path, None, "file", "is cut off", "a whole file") from error
+    partial.rename(target)
     return target
 
 

@@ -42,10 +42,11 @@ class RunLock:
 
     Args:
         output: the run folder; made if it is missing.
+        key: the configuration's name for it.
     """
 
-    def __init__(self, output: Path) -> None:
-        self.path = output / LOCK
+    def __init__(self, output: Path, key: str = "output") -> None:
+        self.path, self._key = output / LOCK, key
         self._file: IO[str] | None = None
         self._held = False
 
@@ -77,7 +78,7 @@ class RunLock:
                 return f"none: {about(error, self.path)}; nothing keeps a second job out"
             raise LockedError(
                 f"{self.path.parent}: is in use by {self._holder()}; wait for it, stop it, or "
-                "choose another `output`"
+                f"choose another `{self._key}`"
             ) from None
         fcntl.lockf(self._file, fcntl.LOCK_UN, 0, 1)  # the other ranks' bytes are theirs
         self._held = True

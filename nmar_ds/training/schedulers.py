@@ -14,6 +14,7 @@ import re
 import subprocess
 import zlib
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 from nmar_ds.errors import LaunchError
 
@@ -75,14 +76,31 @@ def as_launched(
     Raises:
         LaunchError: some of the launcher's variables are missing or contradict each other.
     """
+    if (names := _mpirun_names(environ)) is not None:
+        return _from_mpirun(environ, names)
+    if _in_a_step(environ):
+        return _from_srun(environ, names_of)
+    return None
+
+
+def launcher_of(environ: Mapping[str, str]) -> Literal["mpirun", "srun"] | None:
+    """Which of both started this process, if one did."""
+    if _mpirun_names(environ) is not None:
+        return "mpirun"
+    return "srun" if _in_a_step(environ) else None
+
+
+def _in_a_step(environ: Mapping[str, str]) -> bool:
+    return any(environ.get(name) for name in STEP_VARIABLES)
+
+
+def _mpirun_names(environ: Mapping[str, str]) -> tuple[str, ...] | None:
+    """The names of the mpirun that started this process."""
     for names in (_OPEN_MPI, _HYDRA):
         # Open MPI and hydra set all four; srun with PMI-2 sets PMI_RANK and PMI_SIZE alone.
         ours = [name for name in names if environ.get(name)]
-        in_a_step = any(environ.get(name) for name in STEP_VARIABLES)
-        if ours and not (in_a_step and set(ours) <= {"PMI_RANK", "PMI_SIZE"}):
-            return _from_mpirun(environ, names)
-    if any(environ.get(name) for name in STEP_VARIABLES):
-        return _from_srun(environ, names_of)
+        if ours and not (_in_a_step(environ) and set(ours) <= {"PMI_RANK", "PMI_SIZE"}):
+            return names
     return None
 
 

@@ -69,11 +69,13 @@ def test_made(builder: str, write_jsonl: Write, sp_tokenizer: Tokenizer, tmp_pat
     sources = [write_jsonl(first, "a.jsonl"), write_jsonl(second, "b.jsonl")]
     asked = dict(builder=builder, max_length=200, traces_per_record=3, clean_share=0.25,
                  max_deviations=2, max_deviation_length=4, seed=7)  # fmt: skip
-    ticks: list[int] = []
-    manifest = prepare_store(sources, tmp_path / "s", sp_tokenizer, progress=ticks.append, **asked)
+    ticks: list[tuple[int, int]] = []
+    manifest = prepare_store(
+        sources, tmp_path / "s", sp_tokenizer, progress=lambda *tick: ticks.append(tick), **asked
+    )
     assert_counts_add_up(manifest, 3)
     counts = manifest["counts"]
-    assert counts["stored"] == 600 and ticks[-1] == counts["read"] == 200
+    assert counts["stored"] == 600 and ticks[-1] == (200, 200) and counts["read"] == 200
     assert 0.18 < counts["clean"] / 600 < 0.34
     store = Store(tmp_path / "s")
     order = [(store.source(n), store.line(n)) for n in range(600)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from nmar_ds.traces import prepare
 from nmar_ds.traces.building import BuilderSettings
 from nmar_ds.traces.encoding import Tokenizer
-from nmar_ds.traces.sources import SourceSettings, opened
+from nmar_ds.traces.sources import SourceSettings
 
 
 def prepare_store(
@@ -29,5 +30,13 @@ def prepare_store(
         else SourceSettings(path=Path(source), asked=str(source))
         for source in sources
     ]  # fmt: skip
-    with opened(paths, Path(folder).parent) as given:
-        return prepare.prepare_store(given, folder, tokenizer, builder=asked, **settings)
+    return prepare.prepare_store(paths, folder, tokenizer, builder=asked, **settings)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
