@@ -1,6 +1,7 @@
 """Show packed rows of a trace store: roles, weights, borders and positions of every token.
 
 python launcher/show.py --store store/train --rows 2 --sequence-length 512 | less -S
+python launcher/show.py --store store/train --verify --audit --png statistics.png
 """
 
 from __future__ import annotations
@@ -36,7 +37,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--verify", action="store_true", help="first check every file against its checksum"
     )
+    parser.add_argument(
+        "--audit", action="store_true",
+        help="replay every trace and print the statistics page instead of rows",
+    )  # fmt: skip
+    parser.add_argument("--png", type=Path, metavar="FILE", help="with --audit: the same drawn")
     options = parser.parse_args(argv)
+    if options.png is not None and not options.audit:
+        parser.error("--png needs --audit")
     if options.rows < 1 or (options.sequence_length or 1) < 1:
         parser.error("--rows and --sequence-length must be at least 1")
     if options.seed is not None and options.seed < 0:
@@ -47,13 +55,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> None:
     """Open the store, check it if asked to, and print."""
     from nmar_ds.data.store import Store
-    from nmar_ds.data.view import print_store
-    from nmar_ds.model.weighting import role_weights
 
     store = Store(options.store)
     if options.verify:
         store.verify()
         print(f"{options.store}: every file matches its checksum")
+    if options.audit:
+        from nmar_ds.data import statistics
+        from nmar_ds.data.audit import audit
+
+        found = audit(store, capacity=options.sequence_length)
+        if options.png is not None:
+            statistics.picture(found, str(options.store), options.png)
+        print(statistics.page(found, f"{options.store}: audited, no fault"))
+        return
+    from nmar_ds.data.view import print_store
+    from nmar_ds.model.weighting import role_weights
+
     print_store(
         store,
         num_shown=options.rows,
@@ -72,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except NmarError as error:
+    except (NmarError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -373,6 +373,11 @@ class Store:
                 f"{file}: damaged, its sha256 differs from {MANIFEST}; restore it or {AGAIN}"
             )
 
+    def shards(self) -> Iterator[tuple[int, dict[str, npt.NDArray[Any]]]]:
+        """Each shard: the index of its first trace, and its arrays (`ARRAYS`), mapped."""
+        for shard in self._shards():
+            yield int(self._first[shard]), {name: self._array(shard, name) for name in ARRAYS}
+
     def _shards(self) -> Iterator[int]:
         return iter(range(len(self.manifest["shards"])))
 
