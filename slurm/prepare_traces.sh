@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Records into checked, packed traces: a run's stores.
 #
-#   sbatch slurm/prepare_traces.sh --config configs/FILE.yaml [a.b=c ...]
+#   sbatch [--ntasks=K] slurm/prepare_traces.sh --config configs/FILE.yaml [a.b=c ...]
 #
-# One task. NMAR_VENV or NMAR_CONTAINER choose the environment; see docs/cluster.md.
+# Any number of tasks, on any nodes: the same bytes. A job that was killed goes on when it is submitted
+# again. NMAR_VENV or NMAR_CONTAINER choose the environment; see docs/cluster.md.
 #SBATCH --job-name=nmar-prepare
-#SBATCH --nodes=1
 #SBATCH --ntasks=1
 #SBATCH --open-mode=append
 #SBATCH --output=nmar-prepare-%j.log
@@ -24,11 +24,13 @@ find_home() { # Slurm runs a copy of this script from a spool folder, so the pro
 }
 
 case "${1:---help}" in
-    -h | --help) sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h | --help) sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
 esac
 find_home
 # shellcheck source=slurm/lib.sh
 . "$NMAR_HOME/slurm/lib.sh"
 set_up
 learn_output "$@"
-exec "${nmar_python[@]}" "$NMAR_HOME/launcher/prepare.py" "$@"
+prepare=("${nmar_python[@]}" "$NMAR_HOME/launcher/prepare.py" "$@")
+[ "${SLURM_NTASKS:-1}" -gt 1 ] || exec "${prepare[@]}"
+exec srun --kill-on-bad-exit=1 "${prepare[@]}"

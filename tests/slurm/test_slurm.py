@@ -252,3 +252,22 @@ def test_a_chain_whose_training_fails_starts_nothing_after_it(
     ).split()  # fmt: skip
     states = [cluster.wait(int(job))["JobState"] for job in ids]
     assert states == ["COMPLETED", "FAILED", "CANCELLED", "CANCELLED"]
+
+
+def test_preparation_by_tasks_on_two_nodes(cluster: Cluster, config_file: Path) -> None:
+    """The same bytes as one process; one task speaks for all."""
+    script, store = str(ROOT / "slurm/prepare_traces.sh"), config_file.parent / "prepared"
+    asked = ("--config", str(config_file), f"data.store={store}")
+    log = config_file.parent / "prepared.log"
+    job = cluster.sbatch(*TWO_TASKS, f"--output={log}", script, *asked)
+    assert cluster.wait(job, log)["JobState"] == "COMPLETED", log.read_text()
+    for part in ("train", "heldout"):
+        (alone,) = (config_file.parent / "store" / part).glob("manifest.json")
+        assert (store / part / "manifest.json").read_bytes() == alone.read_bytes()
+    assert log.read_text().count("train     ") == 1, "one task speaks"
+    again = cluster.sbatch(*TWO_TASKS, f"--output={log}", script, *asked)
+    assert cluster.wait(again, log)["JobState"] == "COMPLETED", log.read_text()
+    assert log.read_text().count("up to date") == 2
+    bad = cluster.sbatch(*TWO_TASKS, f"--output={log}", script, *asked, "data.train=[nowhere]")
+    assert cluster.wait(bad, log)["ExitCode"] == "2:0", log.read_text()
+    assert log.read_text().count("nowhere: no such file") == 1

@@ -99,7 +99,11 @@ def test_a_hostile_string_is_a_word_and_nothing_else(text: str, tmp_path: Path) 
     assert f"meeting at {text}:20007" in done.stdout
 
     done = desk.start("prepare_traces.sh", *asked)
-    assert desk.heard() == ["python", f"{desk.home}/launcher/prepare.py", *asked], done
+    prepare = [f"{desk.home}/launcher/prepare.py", *asked]
+    assert desk.heard() == ["python", *prepare], done
+    desk.start("prepare_traces.sh", *asked, SLURM_NTASKS="3")
+    words = desk.heard()
+    assert words[:2] == ["srun", "--kill-on-bad-exit=1"] and words[-len(prepare) :] == prepare
     desk.start("export.sh", *asked)
     export = ["--run", str(output), "--output", f"{output}/export", "--overwrite"]
     assert desk.heard() == ["python", f"{desk.home}/launcher/export.py", *export]

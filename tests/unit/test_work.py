@@ -90,6 +90,15 @@ def test_the_first_error_in_order_is_the_one_told(error: NmarError, tmp_path: Pa
     assert known.value.shared
 
 
+def test_units_before_an_error_are_waited_for(tmp_path: Path) -> None:
+    work = Work.begin(tmp_path / "w", {})
+    mine = work.take("unit", 9)
+    assert [next(mine), next(mine)] == [0, 1]
+    work.fail("unit", 1, ConfigError("the later one"))
+    with pytest.raises(ConfigError, match="the earlier one"):
+        work.wait("unit", 9, Crew(), lambda: work.fail("unit", 0, ConfigError("the earlier one")))
+
+
 def claim_as(work: Work, number: int, text: str) -> None:
     (work.place / f"unit-{number:06d}.claim").write_text(text)
 
