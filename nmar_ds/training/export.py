@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,7 +123,7 @@ def _sample_records(run: Path) -> Iterator[Record]:
 
     config = load_config(run / "config.yaml")
     found = [s for s in source_settings(config, "heldout") if s.path is None or s.path.exists()]
-    with opened(found, run) as sources:
+    with opened(found, Path(tempfile.gettempdir())) as sources:  # the run may be read-only
         for source in sources:
             yield from itertools.islice(source.all_records(), NUM_PARITY_RECORDS)
 

@@ -66,12 +66,12 @@ class SmallDisk:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[int], SmallDisk]]:
+def small_disk(tmp_path: Path) -> Iterator[Callable[..., SmallDisk]]:
     made: list[SmallDisk] = []
 
-    def make(size: int) -> SmallDisk:
-        folder = tmp_path / f"disk{len(made)}"
-        folder.mkdir()
+    def make(size: int, place: Path | None = None) -> SmallDisk:
+        folder = place or tmp_path / f"disk{len(made)}"
+        folder.mkdir(parents=True)
         made.append(SmallDisk(folder, size))
         return made[-1]
 
@@ -126,19 +126,19 @@ def test_no_room_for_one_checkpoint_is_seen_before_the_first_step(
     assert result["codes"] == [2, 2], result
     line = one_line(result["outputs"], str(disk.folder / "run"))
     assert re.search(r"a checkpoint needs [\d,]+ bytes and [\d,]+ are free", line), line
-    assert [path.name for path in (disk.folder / "run").iterdir()] == ["run.lock"]
+    left = {path.name for path in (disk.folder / "run").iterdir()}
+    assert left == {"run.lock", "attempts.jsonl", "outcome"}
+    assert (disk.folder / "run/outcome").read_text().startswith("refused: ")
     disk.remount(f"size={int(1.6 * CHECKPOINT)}")
     result = server.run(f"output={disk.folder / 'run'}", "checkpoint.every=100")
     assert result["codes"] == [0, 0] and "room for one" in result["outputs"][0], result
 
 
 def test_curves_that_find_no_room_do_not_end_a_run(
-    prepared: Prepared, server: ForkServer, small_disk: Callable[[int], SmallDisk], tmp_path: Path
+    prepared: Prepared, server: ForkServer, small_disk: Callable[..., SmallDisk], tmp_path: Path
 ) -> None:
-    disk = small_disk(8 * KILOBYTES)
     run = tmp_path / "run"
-    run.mkdir()
-    (run / "tensorboard").symlink_to(disk.folder)
+    disk = small_disk(8 * KILOBYTES, run / "tensorboard")
     (disk.folder / "ballast").write_bytes(bytes(4 * KILOBYTES))
     result = server.run(f"output={run}")
     assert result["codes"] == [0, 0], result["outputs"]
@@ -281,11 +281,15 @@ def test_an_unreadable_checkpoint_is_refused_and_the_older_one_used(
 def test_a_run_folder_of_another_run(
     override: str, message: str, prepared: Prepared, server: ForkServer
 ) -> None:
-    before = [entry for entry in listing(prepared.whole) if entry[0] != "run.lock"]
+    def kept() -> list[Any]:
+        of_the_attempt = ("run.lock", "outcome")  # how the latest one ended
+        return [entry for entry in listing(prepared.whole) if entry[0] not in of_the_attempt]
+
+    before = kept()
     result = server.run(f"output={prepared.whole}", override)
     assert result["codes"] == [2, 2], result
     one_line(result["outputs"], message)
-    assert [e for e in listing(prepared.whole) if e[0] != "run.lock"] == before
+    assert kept() == before
 
 
 def test_an_output_that_is_a_file(prepared: Prepared, server: ForkServer, tmp_path: Path) -> None:
