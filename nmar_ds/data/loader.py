@@ -128,7 +128,7 @@ def make_batch(
 def _permutation(num_rows: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     key = hashlib.sha256(f"rows {seed} {epoch}".encode()).digest()[:16]
     generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
-    return generator.permutation(num_rows).astype(np.int64)
+    return generator.permutation(num_rows).astype(np.int64, copy=False)
 
 
 class RowLoader:
@@ -186,10 +186,11 @@ class RowLoader:
     ) -> npt.NDArray[np.float64]:
         """float64[R, 2]: attention and trained targets of each row, in mean rows."""
         # A trace has as many tokens as targets, and one.
-        lengths = np.asarray(role_counts, dtype=np.int64).sum(axis=1) + 1
-        trained = np.asarray(role_counts, dtype=np.int64)[:, list(trained_roles)].sum(axis=1)
-        sums = self.plan.row_sums(np.stack([lengths**2, trained], axis=1)).astype(np.float64)
-        return sums / np.maximum(sums.mean(axis=0), 1) if len(sums) else sums
+        lengths = role_counts.sum(axis=1, dtype=np.int64) + 1
+        attention = self.plan.row_sums(lengths * lengths)
+        trained = self._row_counts[:, list(trained_roles)].sum(axis=1)
+        costs = np.stack([attention, trained], axis=1).astype(np.float64)
+        return costs / np.maximum(costs.mean(axis=0), 1) if len(costs) else costs
 
     def rows_of_step(self, step: int) -> npt.NDArray[np.int64]:
         """int64[global_batch_rows]: rows of the 0-based optimizer step; FILLER_ROW fills up."""

@@ -54,10 +54,14 @@ class Plan:
 
     def row_sums(self, values_N: npt.NDArray[np.integer]) -> IntArray:
         """Sum of a per-trace quantity over each row: int64[R] (or [R, K] for [N, K] values)."""
-        values = np.asarray(values_N, dtype=np.int64)[self.order]
-        total = np.zeros((len(values) + 1, *values.shape[1:]), dtype=np.int64)
-        np.cumsum(values, axis=0, out=total[1:])
-        return total[self.row_offsets[1:]] - total[self.row_offsets[:-1]]
+        values = np.asarray(values_N)
+        columns = values[:, None] if values.ndim == 1 else values
+        sums = np.empty((self.num_rows, columns.shape[1]), dtype=np.int64)
+        total = np.zeros(len(values) + 1, dtype=np.int64)
+        for number in range(columns.shape[1]):  # one at a time: a store may have millions
+            np.cumsum(columns[:, number][self.order], out=total[1:])
+            sums[:, number] = total[self.row_offsets[1:]] - total[self.row_offsets[:-1]]
+        return sums.reshape(self.num_rows, *values.shape[1:])
 
     def fingerprint(self) -> str:
         """sha256 over rows and capacity; a resumed run must find the same."""

@@ -295,11 +295,11 @@ class Store:
         return np.concatenate([np.empty(0, dtype=np.int64), *parts]).astype(np.int32)
 
     @property
-    def role_counts(self) -> npt.NDArray[np.int64]:
-        """int64[N, 5] targets by role; the first token of a trace is nobody's target."""
+    def role_counts(self) -> npt.NDArray[np.int32]:
+        """int32[N, 5] targets by role; the first token of a trace is nobody's target."""
         parts = [self._array(shard, "role_counts") for shard in self._shards()]
-        joined = np.concatenate([np.empty(0, dtype=np.int32), *parts])
-        return joined.astype(np.int64).reshape(-1, NUM_ROLES)
+        joined = parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.int32), *parts])
+        return joined.reshape(-1, NUM_ROLES)
 
     def ids(self, index: int) -> IdArray | npt.NDArray[np.uint16]:
         """Return the ids of a trace: a view, int32[T] or uint16[T]."""

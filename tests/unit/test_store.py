@@ -39,7 +39,7 @@ def assert_holds(store: Store, traces: list[Trace]) -> None:
         assert back.roles.tolist() == trace.roles.tolist()
         assert (back.onsets, back.line, back.source) == (trace.onsets, trace.line, trace.source)
     assert store.lengths.tolist() == [len(trace) for trace in traces]
-    assert store.lengths.dtype == np.int32 and store.role_counts.dtype == np.int64
+    assert store.lengths.dtype == np.int32 and store.role_counts.dtype == np.int32
     expected = [[int((trace.roles[1:] == r).sum()) for r in range(NUM_ROLES)] for trace in traces]
     assert store.role_counts.tolist() == expected
 
