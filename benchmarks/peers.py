@@ -18,18 +18,24 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks" / ".peers"
 WITH_DEPENDENCIES = ("datasets==5.2.0",)
+PIP = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check",
+       "--target", str(FOLDER)]  # fmt: skip
 ALONE = ("trl==1.16.0", "llamafactory==0.9.5", "axolotl==0.19.0")  # they ask for torch and more
 
 
 def install() -> None:
     """Install what is not there yet, and put it on the path."""
+    install_datasets()
     if not (FOLDER / "installed").exists():
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check",
-               "--target", str(FOLDER)]  # fmt: skip
-        pins = ["-c", str(ROOT / "constraints.txt")]
-        subprocess.run([*pip, *pins, *WITH_DEPENDENCIES], check=True)
-        subprocess.run([*pip, "--no-deps", *ALONE], check=True)
+        subprocess.run([*PIP, "--no-deps", *ALONE], check=True)
         (FOLDER / "installed").touch()
+
+
+def install_datasets() -> None:
+    """Install `datasets` alone, and put it on the path."""
+    if not (FOLDER / "datasets").exists():
+        pins = ["-c", str(ROOT / "constraints.txt")]
+        subprocess.run([*PIP, *pins, *WITH_DEPENDENCIES], check=True)
     if str(FOLDER) not in sys.path:
         sys.path.append(str(FOLDER))
 

@@ -56,37 +56,44 @@ class Workers(Protocol):
 class Work:
     """The folder, seen from one attempt.
 
+    Results of other facts have another folder: a process that an attempt with other settings left
+    behind, in the middle of a unit, cannot put its result among ours.
+
     Attributes:
-        folder: results and what else is kept.
-        attempt: name of the attempt.
+        base: where everything is.
+        attempt: name of the attempt, which begins with the digest of its facts.
+        folder: results and what else is kept from attempt to attempt.
         place: the attempt's own folder.
     """
 
-    def __init__(self, folder: Path, attempt: str) -> None:
-        self.folder, self.attempt = folder, attempt
-        self.place = folder / f"attempt-{attempt}"
+    def __init__(self, base: Path, attempt: str) -> None:
+        self.base, self.attempt = base, attempt
+        self.folder = base / attempt.partition("-")[0]
+        self.place = self.folder / f"attempt-{attempt}"
 
     @classmethod
-    def begin(cls, folder: Path, facts: Mapping[str, Any]) -> Work:
+    def begin(cls, base: Path, facts: Mapping[str, Any]) -> Work:
         """Begin an attempt; for one process of all.
 
         Args:
-            folder: where earlier attempts may have left results.
+            base: where earlier attempts may have left results.
             facts: what results depend on; those of other facts are dropped.
         """
         text = json.dumps(facts, indent=1, sort_keys=True) + "\n"
-        with contextlib.suppress(OSError):
-            if (folder / FACTS).read_text(encoding="ascii") != text:
-                drop(folder)
-        for old in folder.glob("attempt-*"):
+        digest = hashlib.sha256(text.encode("ascii")).hexdigest()[:16]
+        work = cls(base, f"{digest}-{uuid.uuid4().hex}")
+        for left in base.parent.glob(f"{base.name}.dropped-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        for other in base.glob("*"):
+            if other != work.folder:
+                drop(other)
+        for old in work.folder.glob("attempt-*"):
             drop(old)
+        folder = work.folder
         folder.mkdir(parents=True, exist_ok=True)
-        work = cls(folder, uuid.uuid4().hex)
         write_aside(folder / FACTS, text.encode("ascii"))
         for left in folder.glob("*.aside-*"):
             left.unlink()
-        for left in folder.parent.glob(f"{folder.name}.dropped-*"):
-            shutil.rmtree(left, ignore_errors=True)
         for file in folder.glob("*.result"):
             phase, _, number = file.stem.rpartition("-")
             try:
@@ -118,7 +125,12 @@ class Work:
             number: of the unit.
             facts: as JSON has them.
             arrays: one-dimensional, or reshaped by whoever reads them.
+
+        Raises:
+            AttemptOverError: a newer attempt has begun, which does the unit itself.
         """
+        if not self.place.exists():
+            raise AttemptOverError
         given = arrays or {}
         table = {name: [values.dtype.str, len(values.ravel())] for name, values in given.items()}
         head = json.dumps({"facts": facts, "arrays": table}).encode("ascii") + b"\n"

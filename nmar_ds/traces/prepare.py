@@ -245,7 +245,7 @@ class _Part:
         )  # fmt: skip
         counts = manifest["counts"]
         assert counts["built"] == counts["stored"] + counts["dropped"], "traces do not add up"
-        drop(self.work.folder)
+        drop(self.work.base)
         return manifest
 
     def _do(

@@ -141,7 +141,7 @@ def test_contradictions_end_every_rank(folder: Path) -> None:
 
 
 def num_results(folder: Path, store: str) -> int:
-    return len(list((folder / store).glob("*.work/*.result")))
+    return len(list((folder / store).glob("*.work/*/*.result")))
 
 
 def wait_for_results(process: subprocess.Popen[str], folder: Path, store: str, num: int) -> None:

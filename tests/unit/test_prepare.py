@@ -224,10 +224,10 @@ def test_a_record_without_group_is_in_the_empty_one(
     assert manifest["counts"]["without_donor"] == 1
 
 
-@pytest.mark.parametrize("name", ["torch", "transformers"])
+@pytest.mark.parametrize("name", ["torch", "transformers", "mpi4py"])
 def test_nothing_here_imports_torch(name: str) -> None:
     import subprocess
     import sys
 
-    code = f"import sys, nmar_ds.traces.prepare, nmar_ds.traces.sentencepiece_vocabulary, nmar_ds.traces.json_vocabulary, nmar_ds.traces.conversion; sys.exit({name!r} in sys.modules)"
+    code = f"import sys, nmar_ds.traces.prepare, nmar_ds.data.prepare, nmar_ds.traces.sentencepiece_vocabulary, nmar_ds.traces.json_vocabulary, nmar_ds.traces.conversion; sys.exit({name!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

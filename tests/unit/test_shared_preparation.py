@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import multiprocessing
 import os
@@ -192,3 +193,26 @@ def test_a_kill_while_publishing_costs_the_moved_shards_alone(
     monkeypatch.setattr(prepare, "build", lambda *given: built.append(given))
     run(asked, 1)
     assert built == [] and digests(tmp_path / "s") == whole
+
+
+def test_packed_and_columned_sources(sp_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Unpacked once, for all processes."""
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = sums(90, seed=3)
+    packed, table = tmp_path / "a.jsonl.gz", tmp_path / "b.parquet"
+    packed.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows[:60]).encode()))
+    parquet.write_table(pyarrow.Table.from_pylist(rows[60:]), table, row_group_size=7)
+    made = {"name": "dependency_arithmetic", "num": 9, "seed": 1, "operations": [1, 2],
+            "distractors": [0, 1]}  # fmt: skip
+    found = []
+    for size in (1, 3):
+        asked = preparation(
+            [SourceSettings(path=packed), SourceSettings(path=table), SourceSettings(generator=made)],
+            tmp_path / f"{size}", sp_tokenizer, max_length=400,
+            builder=BuilderSettings(name="hard"),
+        )  # fmt: skip
+        assert run(asked, size)["counts"]["stored"] == 99
+        found.append(digests(tmp_path / f"{size}"))
+    assert found[0] == found[1]

@@ -40,16 +40,16 @@ def test_the_next_attempt_keeps_what_is_whole(tmp_path: Path) -> None:
     work = Work.begin(tmp_path / "w", {"a": 1})
     for number in (0, 1, 4):
         put(work, number)
-    file = tmp_path / "w" / "unit-000001.result"
+    file = work.folder / "unit-000001.result"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(StoreError, match=r"unit-000001\.result: damaged"):
         work.result("unit", 1)
-    (tmp_path / "w" / "unit-000002.result.aside-x").write_bytes(b"half")
+    (work.folder / "unit-000002.result.aside-x").write_bytes(b"half")
     again = Work.begin(tmp_path / "w", {"a": 1})
     assert list(again.take("unit", 6)) == [1, 2, 3, 5]
-    assert not list((tmp_path / "w").glob("*aside*"))
+    assert not list(work.folder.glob("*aside*"))
     # Whoever is left of the attempt before finds nothing to claim, and harms nothing.
     with pytest.raises(AttemptOverError):
         next(work.take("unit", 6))
@@ -57,10 +57,25 @@ def test_the_next_attempt_keeps_what_is_whole(tmp_path: Path) -> None:
         work.heard("shards", Crew())
 
 
-def test_other_facts_start_afresh(tmp_path: Path) -> None:
-    put(Work.begin(tmp_path / "w", {"a": 1}), 0)
-    assert list(Work.begin(tmp_path / "w", {"a": 2}).take("unit", 2)) == [0, 1]
-    assert [path.name for path in tmp_path.iterdir()] == ["w"]
+def test_other_facts_start_afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = Work.begin(tmp_path / "w", {"a": 1})
+    put(old, 0)
+    new = Work.begin(tmp_path / "w", {"a": 2})
+    # A process that the old attempt left in the middle of a unit, however late it looks.
+    monkeypatch.setattr(old, "place", tmp_path)
+    with pytest.raises(AttemptOverError):
+        put(old, 1)
+    assert list(new.take("unit", 2)) == [0, 1]
+    assert list(tmp_path.iterdir()) == [tmp_path / "w"]
+    assert list((tmp_path / "w").iterdir()) == [new.folder]
+
+
+def test_a_newer_attempt_does_the_unit_itself(tmp_path: Path) -> None:
+    old = Work.begin(tmp_path / "w", {"a": 1})
+    new = Work.begin(tmp_path / "w", {"a": 1})
+    with pytest.raises(AttemptOverError):
+        put(old, 0)
+    assert new.finished("unit") == set()
 
 
 def test_a_result_of_a_folder_that_is_gone_goes_nowhere(tmp_path: Path) -> None:
