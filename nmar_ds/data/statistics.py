@@ -129,6 +129,21 @@ def picture(found: Statistics, title: str, file: Path) -> None:
     figure.savefig(file, dpi=100, metadata={"Software": None})
 
 
+def write_pages(found: Statistics, store: Path) -> None:
+    """Text, JSON and, where matplotlib is installed, the picture beside a store, named after it."""
+
+    def beside(kind: str) -> Path:
+        return store.with_name(f"{store.name}.statistics.{kind}")
+
+    text = page(found, str(store))
+    try:
+        picture(found, str(store), beside("png"))
+    except ConfigError:
+        text += "\n(a picture as well: pip install '.[plots]')\n"
+    beside("txt").write_text(text + "\n", encoding="utf-8")
+    beside("json").write_text(as_json(found), encoding="utf-8")
+
+
 def as_json(found: Statistics) -> str:
     """The statistics for programs."""
     some = found.lengths if found.num_traces else np.zeros(1)

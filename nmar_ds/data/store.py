@@ -131,6 +131,7 @@ def publish_store(
     sources: Iterable[Mapping[str, Any]] = (),
     builder: Mapping[str, Any] | None = None,
     seed: int = 0,
+    inspect: Callable[[Store], object] | None = None,
 ) -> dict[str, Any]:
     """Write a store beside its place, and put it in the place of an older one at the very end.
 
@@ -144,6 +145,7 @@ def publish_store(
         sources: path and sha256 of each source file.
         builder: settings the traces were built with.
         seed: of the builder.
+        inspect: given the whole store before it is put in its place; may refuse it.
 
     Returns:
         The manifest.
@@ -185,6 +187,8 @@ def publish_store(
         (partial / MANIFEST).write_text(text, encoding="ascii")
         for file in partial.rglob("*"):
             sync(file)
+        if inspect is not None:
+            inspect(Store(partial))
         _put_in_place(partial, folder)
     except OSError as error:
         written = _size_of(partial)

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import nmar_ds
+from nmar_ds.data.audit import Statistics, audit
 from nmar_ds.data.crew import Crew
 from nmar_ds.data.shards import Arrays, ShardWriter, add_counts, ids_dtype
+from nmar_ds.data.statistics import write_pages
 from nmar_ds.data.store import SHARD_TOKENS, Content, publish_store, require_replaceable
 from nmar_ds.data.work import AttemptOverError, Work, drop
 from nmar_ds.errors import ConfigError, NmarError, StoreError
@@ -211,6 +213,7 @@ class _Part:
         notes = {
             name: [row for fact in facts for row in fact[name]] for name in ("dropped", "refused")
         }
+        _require_traces(self.asked.destination, counts, notes)
         return self._publish(described, Content(
             ids_dtype=ids_dtype(tokenizer.size), counts=counts, notes=dict(notes)
         ), len(stretches))  # fmt: skip
@@ -237,12 +240,14 @@ class _Part:
                 content.shards.append(facts["entry"])
             return content
 
-        asked = self.asked
+        asked, found = self.asked, list[Statistics]()
         manifest = publish_store(
             asked.destination, fill, tokenizer=asked.recipe.tokenizer,
             machine=asked.recipe.machine, boundaries=asked.boundaries, context=asked.context,
             sources=described, builder=asked.settings(), seed=asked.recipe.builder.seed,
+            inspect=lambda store: found.append(audit(store)),
         )  # fmt: skip
+        write_pages(found[0], asked.destination)
         counts = manifest["counts"]
         assert counts["built"] == counts["stored"] + counts["dropped"], "traces do not add up"
         drop(self.work.base)
@@ -365,6 +370,17 @@ def preparation(
 def work_folder(destination: Path) -> Path:
     """Where a store's preparation keeps what it has until the store is whole."""
     return destination.with_name(destination.name + ".work")
+
+
+def _require_traces(folder: Path, counts: dict[str, int], notes: dict[str, Any]) -> None:
+    """A preparation that leaves everything out has gone wrong, whatever it may leave out."""
+    if counts["read"] and counts["built"] == counts["dropped"]:
+        refused = notes["refused"]
+        first = refused[0]["message"] if refused else "every trace is longer than a row"
+        raise StoreError(
+            f"{folder}: none of {counts['read']:,} records gave a trace to store; the first: "
+            f"{first}"
+        )
 
 
 def _shards(num_tokens: Sequence[int]) -> Iterator[tuple[int, int]]:
