@@ -235,6 +235,8 @@ class Launch:
                 [*start, script, "--config", str(config), *overrides], cwd=ROOT,
                 env=environment(FAULT=json.dumps(fault), **(more or {})), start_new_session=True,
                 stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                # A shell starts what it puts in the background with Ctrl-C ignored: not so here.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
             )  # fmt: skip
         self.everyone: dict[str, int] = {}
 
