@@ -173,8 +173,9 @@ class Tasks(Crew):
         """Through a file on the file system that they share."""
         if self.rank == 0:
             self._meeting.parent.mkdir(parents=True, exist_ok=True)
-            for old in self._meeting.parent.glob("srun-*.json"):
-                old.unlink(missing_ok=True)
+            if value is not None:  # the stores are ours: no other step is at work here
+                for old in self._meeting.parent.glob("srun-*.json"):
+                    old.unlink(missing_ok=True)
             write_aside(self._meeting, json.dumps(value).encode("ascii"))
             return value
         while True:

@@ -92,6 +92,9 @@ def test_tasks_of_srun_meet_in_a_file_of_their_step(tmp_path: Path) -> None:
                for one in others]  # fmt: skip
     for thread in threads:
         thread.start()
+    refused = crew(tmp_path, {**SRUN, "SLURM_PROCID": "0", "SLURM_STEP_ID": "1"})
+    assert refused.share(None) is None  # which leaves others' messages alone
+    assert (tmp_path / "srun-6-0-0.json").exists()
     first = crew(tmp_path, {**SRUN, "SLURM_PROCID": "0"})
     assert isinstance(first, Tasks) and first.size == 3
     assert first.share({"x": 1}) == {"x": 1}
