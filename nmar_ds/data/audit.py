@@ -43,6 +43,7 @@ class Statistics:
         undo_runs: int64[MOST] deviations by undos.
         delays: int64[MOST] deviations by tokens after the first wrong one.
         num_without_target: traces in which masked SFT trains nothing.
+        num_rows_without_target: rows that hold such traces alone.
         capacity: tokens of a row, and
         num_rows: the rows the traces are packed into.
         counts: of the manifest.
@@ -59,6 +60,7 @@ class Statistics:
     undo_runs: IntArray = field(default_factory=lambda: np.zeros(MOST, np.int64))
     delays: IntArray = field(default_factory=lambda: np.zeros(MOST, np.int64))
     num_without_target: int = 0
+    num_rows_without_target: int = 0
     num_rows: int = 0
 
     @property
@@ -90,7 +92,10 @@ def audit(store: Store, *, capacity: int | None = None) -> Statistics:
         _count(block, found)
     found.lengths = store.lengths
     found.num_traces, found.num_tokens = len(store), int(found.lengths.sum(dtype=np.int64))
-    found.num_rows = best_fit_decreasing(found.lengths, found.capacity).num_rows
+    plan = best_fit_decreasing(found.lengths, found.capacity)
+    found.num_rows = plan.num_rows
+    trained = store.role_counts[:, [Role.PREFIX, Role.UNDO, Role.CORRECTION]].sum(axis=1)
+    found.num_rows_without_target = int((plan.row_sums(trained) == 0).sum())
     _compare_counts(store, found)
     return found
 

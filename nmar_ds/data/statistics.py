@@ -43,7 +43,8 @@ def page(found: Statistics, title: str) -> str:
         f"{found.num_tokens / found.num_traces:.0f} a trace",
         f"rows of {found.capacity:,}: {found.num_rows:,}, {found.packing_use:.2%} of their places "
         "hold a token",
-        f"without a target of masked SFT: {found.num_without_target:,} traces",
+        f"without a target of masked SFT: {found.num_without_target:,} traces, "
+        f"{found.num_rows_without_target:,} whole rows",
         *textwrap.wrap(f"counts: {', '.join(counts)}", 100, subsequent_indent="  "), "",
         "tokens by role", *_bars([(name, num, share) for name, num, share in by_role]), "",
         "tokens of a trace: " + ", ".join(
@@ -152,6 +153,7 @@ def as_json(found: Statistics) -> str:
         "traces": found.num_traces, "tokens": found.num_tokens, "rows": found.num_rows,
         "capacity": found.capacity, "packing_use": found.packing_use,
         "without_target": found.num_without_target,
+        "rows_without_target": found.num_rows_without_target,
         "tokens_by_role": {role.label: int(found.tokens[role]) for role in Role},
         "length_quantiles": dict(zip(map(str, QUANTILES), map(float, quantiles), strict=True)),
         "deviations": found.deviations.tolist(),

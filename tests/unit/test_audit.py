@@ -186,6 +186,11 @@ def test_traces_that_masked_sft_learns_nothing_from(
 ) -> None:
     store = written([*GOOD, trace((P, [A]))], small_tokenizer, tmp_path / "s")
     assert audit(store).num_without_target == 1  # its only token is nobody's target
+    assert audit(store).num_rows_without_target == 0  # it shares a row with others
+    alone = written(
+        [trace((X, [A] * 15), (P, [A])), trace((P, [A]))], small_tokenizer, tmp_path / "a"
+    )
+    assert audit(alone).num_rows_without_target == 1
 
 
 def test_the_page_says_it_in_text_picture_and_json(

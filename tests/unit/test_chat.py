@@ -152,6 +152,24 @@ def test_only_the_template_itself_makes_special_tokens(
     assert spelled + "\n" == f"system\n{'Help.' if system is None else system}\n{texts}"
 
 
+@pytest.mark.parametrize("own", [None, "Add up."])
+def test_messages_are_the_conversation_transformers_would_render(
+    own: str | None, chat_tokenizer: Tokenizer
+) -> None:
+    turns = [("1+2?", "3"), ("and 4?", "7 in all")]
+    messages = [*conversation(turns, own), {"role": "assistant", "content": turns[-1][1]}]
+    record = parse_line(json.dumps({"messages": messages}).encode(), path="f", line=1)
+    chat = ChatTemplate(chat_tokenizer, system="Help.")
+    encoded = encode_record(record, chat_tokenizer, chat).turns
+    said = [i for t in encoded for part in (t.prompt_ids, t.reference_ids) for i in part.tolist()]
+    # A system message of its own takes the place of the configured one.
+    expected = expected_ids(chat_tokenizer, conversation(turns, own or "Help."))
+    answer = chat_tokenizer.encode("7 in all", continuation=True).tolist()
+    assert said == [*expected, *answer, chat_tokenizer.eos_id]
+    with pytest.raises(TraceError, match="messages: no chat template is put around them"):
+        encode_record(record, chat_tokenizer)
+
+
 def test_a_record_gets_the_template_and_keeps_its_response(chat_tokenizer: Tokenizer) -> None:
     fields = {"prompt": "1+2?", "reference": " 3, so.", "deviations": [{"at": 1, "text": "4"}]}
     record = parse_line(json.dumps(fields).encode(), path="r.jsonl", line=4)
