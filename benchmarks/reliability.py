@@ -110,8 +110,8 @@ GOALS = (
     ),
     Goal(
         name="G6", count=5, grows=True, seed="fixed places",
-        what="a rank that is stopped or hangs, at any of five places: all ranks are gone within the "
-        "timeout and 10 s, stacks dumped; slow work is no hang",
+        what="a rank that is stopped or hangs, at any of five places: all ranks are gone within "
+        "the timeout and 10 s, stacks dumped; slow work is no hang",
         tests=("tests/faults/test_hang.py",),
     ),
     Goal(
