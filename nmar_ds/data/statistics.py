@@ -136,9 +136,9 @@ def write_pages(found: Statistics, store: Path) -> None:
     def beside(kind: str) -> Path:
         return store.with_name(f"{store.name}.statistics.{kind}")
 
-    text = page(found, str(store))
+    text = page(found, store.name)  # not its path: the same records give the same pages
     try:
-        picture(found, str(store), beside("png"))
+        picture(found, store.name, beside("png"))
     except ConfigError:
         text += "\n(a picture as well: pip install '.[plots]')\n"
     beside("txt").write_text(text + "\n", encoding="utf-8")

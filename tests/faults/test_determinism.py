@@ -34,9 +34,10 @@ PREPARE = (
 
 
 def contents(folder: Path) -> str:
-    """sha256 over names and bytes of all files below."""
+    """sha256 over names and bytes of all files below, but the note of who prepared them."""
     digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "run.lock")
+    for file in sorted(files):
         digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()
 
