@@ -95,6 +95,7 @@ def audit(store: Store, *, capacity: int | None = None) -> Statistics:
     plan = best_fit_decreasing(found.lengths, found.capacity)
     found.num_rows = plan.num_rows
     trained = store.role_counts[:, [Role.PREFIX, Role.UNDO, Role.CORRECTION]].sum(axis=1)
+    found.num_without_target = int((trained == 0).sum())
     found.num_rows_without_target = int((plan.row_sums(trained) == 0).sum())
     _compare_counts(store, found)
     return found
@@ -266,9 +267,6 @@ def _count(block: _Block, found: Statistics) -> None:
         (found.delays, block.edges[deviations + 1] - 1 - block.onsets),
     ):
         counter[:] += np.bincount(np.minimum(values, MOST - 1), minlength=MOST)
-    trained = (block.roles != Role.PROMPT) & (block.roles != Role.DEVIATION)
-    trained[block.starts[:-1]] = False  # the first token of a trace is nobody's target
-    found.num_without_target += int((np.add.reduceat(trained, block.starts[:-1]) == 0).sum())
 
 
 def _compare_counts(store: Store, found: Statistics) -> None:

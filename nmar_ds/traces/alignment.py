@@ -15,7 +15,7 @@ the first token that is not the reference's.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -71,11 +71,6 @@ def align(sample_N: IdArray, reference_M: IdArray) -> list[Gap]:
         Gap(head + start, head + end, head + cut, head + resume)
         for start, end, cut, resume in _gaps(moves)
     ]
-
-
-def distance(gaps: Sequence[Gap]) -> int:
-    """Levenshtein distance of the two sides."""
-    return sum(max(gap.end - gap.start, gap.resume - gap.cut) for gap in gaps)
 
 
 def _common(left: IdArray, right: IdArray) -> int:
