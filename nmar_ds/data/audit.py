@@ -117,6 +117,7 @@ class _Block:
         starts: int64[N + 1], where each trace begins; T at the end.
         onsets: int64[D] places of first wrong tokens, in order.
         num_onsets: int64[N] by trace.
+        role_counts: int32[N, NUM_ROLES] targets by role, as they are stored.
         edges: int64[S + 1], where each segment begins; T at the end.
         runs: int64[S] role of each segment.
         opens: bool[S] whether a segment is the first of its trace.
@@ -132,6 +133,7 @@ class _Block:
         self.roles = arrays["roles"][offsets[0] : offsets[-1]]
         self.starts = offsets - offsets[0]
         self.num_onsets = np.diff(places)
+        self.role_counts = arrays["role_counts"].reshape(-1, NUM_ROLES)[low:high]
         within = arrays["onsets"][places[0] : places[-1]].astype(np.int64)
         self.onsets = within + np.repeat(self.starts[:-1], self.num_onsets)
         begins = np.zeros(len(self.roles), np.bool_)
@@ -181,7 +183,7 @@ class _Rules:
 
     def first_fault(self, block: _Block) -> tuple[int, str] | None:
         """A trace and what is wrong with it; checks build on each other, so one at a time."""
-        for check in (self._tiles, self._segments, self._onsets, self._stack):
+        for check in (self._tiles, self._segments, self._targets, self._onsets, self._stack):
             fault = check(block)
             if fault is not None:
                 return fault
@@ -217,6 +219,18 @@ class _Rules:
         at = int(places[0])
         role = Role(int(block.runs[at])).label
         return block.trace_at(int(block.edges[at])), f"has a {role} segment out of place"
+
+    def _targets(self, block: _Block) -> tuple[int, str] | None:
+        """The stored counts by role, which denominators are made of, are those of the roles."""
+        of_trace = np.searchsorted(block.starts, block.edges[:-1], side="right") - 1
+        targets = np.diff(block.edges) - block.opens  # nobody predicts a trace's first token
+        counted = np.bincount(
+            of_trace * NUM_ROLES + block.runs, weights=targets, minlength=block.role_counts.size
+        ).reshape(-1, NUM_ROLES)
+        wrong = np.flatnonzero((counted != block.role_counts).any(axis=1))
+        if len(wrong):
+            return block.first + int(wrong[0]), "has stored counts by role other than its roles'"
+        return None
 
     def _onsets(self, block: _Block) -> tuple[int, str] | None:
         """As many onsets as deviations, each inside its own."""

@@ -62,6 +62,8 @@ def move_starts(turn: Turn, machine: Machine) -> Turn:
         turn: deviations start at their first token that was drawn or given.
         machine: under `token` the turn stays as it is.
     """
+    if machine.semantics == "token" or not turn.deviations:
+        return turn
 
     def moved(deviation: Deviation) -> Deviation:
         start = reduction.start_of(turn.reference_ids, deviation.cut, machine)

@@ -20,7 +20,7 @@ from nmar_ds.traces.chat import ChatTemplate
 from nmar_ds.traces.encoding import Tokenizer
 from nmar_ds.traces.records import Record, Sample
 from nmar_ds.traces.reduction import Machine
-from nmar_ds.traces.schema import Trace
+from nmar_ds.traces.schema import IdArray, Trace
 from nmar_ds.traces.turns import encode_record, trace_of_ids
 
 BuilderName = Literal["given", "random", "hard", "pairs", "retry", "weak_retry", "on_policy"]
@@ -113,6 +113,8 @@ class TraceBuilder:
         chat: put around the prompts of text records; records of ids are taken as they are.
         pool: the references of all records, for `hard`.
         counts: running: `snaps`, `moved_tokens` and those of the builder in `COUNTS`.
+        unchecked: where it is a list, traces and what they have to say are put there for
+            `together.all_hold`, and are not checked one by one.
     """
 
     settings: BuilderSettings
@@ -121,6 +123,7 @@ class TraceBuilder:
     chat: ChatTemplate | None = None
     pool: builders.Pool | None = None
     counts: dict[str, int] = field(default_factory=dict)
+    unchecked: list[tuple[Trace, IdArray | None]] | None = None
 
     def __post_init__(self) -> None:
         """Begin to count."""
@@ -141,7 +144,7 @@ class TraceBuilder:
         self._require_usable(record)
         if record.segments:
             trace = trace_of_ids(record, source=source)
-            check(trace, tokenizer=self.tokenizer, machine=self.machine, path=record.path)
+            self._check(trace, record)
             return [trace] * times
         encoded = encode_record(record, self.tokenizer, self.chat)
         said = said_by(encoded.turns)
@@ -152,10 +155,15 @@ class TraceBuilder:
             turns = [move_starts(turn, self.machine) for turn in drawn]
             self.counts["moved_tokens"] += _num_wrong(turns) - _num_wrong(drawn)
             trace = assemble(turns, machine=self.machine, line=record.line, source=source)
-            check(trace, tokenizer=self.tokenizer, machine=self.machine, path=record.path,
-                  said=said)  # fmt: skip
+            self._check(trace, record, said)
             found.append(trace)
         return found
+
+    def _check(self, trace: Trace, record: Record, said: IdArray | None = None) -> None:
+        if self.unchecked is not None:
+            self.unchecked.append((trace, said))
+            return
+        check(trace, tokenizer=self.tokenizer, machine=self.machine, path=record.path, said=said)
 
     def _require_usable(self, record: Record) -> None:
         name = self.settings.name

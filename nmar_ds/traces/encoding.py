@@ -144,7 +144,7 @@ class Tokenizer(ABC):
     def decode_bytes(self, ids: Sequence[int] | IdArray) -> bytes:
         """Join the bytes of the ids; a prefix space, where there is one, stays."""
         tokens = ids.tolist() if isinstance(ids, np.ndarray) else ids
-        return b"".join([self._table[token] for token in tokens])
+        return b"".join(map(self._table.__getitem__, tokens))
 
     @property
     def has_prefix_space(self) -> bool:
@@ -165,21 +165,46 @@ class Tokenizer(ABC):
             VocabularyError: the tokens do not spell the text, so there are no places to give.
         """
         ids = self.encode(text, continuation=continuation)
-        starts_inside = not continuation and self._starts_with_space(text)
         spelled = self.decode_bytes(ids)
-        encoded = (b" " if starts_inside else b"") + text.encode("utf-8")
-        if spelled != encoded:
+        start = b" " if not continuation and self._starts_with_space(text) else b""
+        if spelled != start + text.encode("utf-8"):
             raise VocabularyError(f"{self.path}: {self.difference(text, spelled)}")
+        return ids, self.starts_of(ids, text, continuation=continuation)
+
+    def starts_of(self, ids: IdArray, text: str, *, continuation: bool) -> npt.NDArray[np.int64]:
+        """Say where each token starts, as `encode_with_offsets` does.
+
+        Args:
+            ids: int32[T] that spell the text.
+            text: what they spell.
+            continuation: as it was encoded.
+        """
+        starts_inside = not continuation and self._starts_with_space(text)
+        begins = np.cumsum(self._num_bytes[ids]) - self._num_bytes[ids]
+        if text.isascii() and not starts_inside:
+            return begins  # a byte is a character, and every token has one
+        encoded = (b" " if starts_inside else b"") + text.encode("utf-8")
         characters = np.frombuffer(encoded, dtype=np.uint8) & 0xC0 != 0x80
         character_of = np.where(characters, np.cumsum(characters) - 1 - starts_inside, -1)
         if starts_inside:
             character_of[0] = 0
         starts = np.full(len(ids), -1, dtype=np.int64)
-        begins = np.cumsum(self._num_bytes[ids]) - self._num_bytes[ids]
         inside = begins < len(encoded)
         starts[inside] = character_of[begins[inside]]
         starts[1:][starts[1:] == np.maximum.accumulate(starts)[:-1]] = -1
-        return ids, starts
+        return starts
+
+    def cut_before(self, text: str, end: int) -> int:
+        """A place before `end` where a text may be cut: its ids are those of both parts on end.
+
+        Args:
+            text: any text.
+            end: index of a character; what comes from there on makes no difference.
+
+        Returns:
+            0 where no such place is known. From another place on, text is a continuation.
+        """
+        return 0
 
     def difference(self, text: str, spelled: bytes | str) -> str:
         """Say in a few words where decoded text departs from the text that was encoded."""

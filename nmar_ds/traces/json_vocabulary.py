@@ -19,6 +19,7 @@ from nmar_ds.traces.encoding import (
     fingerprint_of,
 )
 from nmar_ds.traces.schema import IdArray
+from nmar_ds.traces.words import WordEncoder, is_word_by_word
 
 WORD_MARK = "\u2581"
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -38,6 +39,9 @@ class JsonVocabulary(Tokenizer):
         continuing, self._prefix_kind = without_prefix_space(plain)
         self._start = _open(plain, file)
         self._continuation = _open(continuing, file) if self._prefix_kind else self._start
+        self._by_word = (
+            WordEncoder(self._whole) if not self._prefix_kind and is_word_by_word(plain) else None
+        )
         added = {token["id"]: token for token in self._spec["added_tokens"]}
         specials = {number for number, token in added.items() if token["special"]}
         pieces = self._vocabulary()
@@ -123,8 +127,18 @@ class JsonVocabulary(Tokenizer):
         return int(number)
 
     def _raw_encode(self, text: str, continuation: bool) -> Sequence[int]:
+        if self._by_word is not None:
+            return self._by_word(text)
         tokenizer = self._continuation if continuation else self._start
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def cut_before(self, text: str, end: int) -> int:
+        """Where words are encoded one by one, the start of one of them."""
+        return 0 if self._by_word is None else self._by_word.cut_before(text, end)
+
+    def _whole(self, text: str) -> list[int]:
+        ids: list[int] = self._start.encode(text, add_special_tokens=False).ids
         return ids
 
     def _starts_with_space(self, text: str) -> bool:

@@ -112,8 +112,8 @@ class _TurnEncoder:
             )
         self.reference_ids = self._encode(turn.reference, self.continues, "reference")
         if turn.deviations:
-            _, self.starts = tokenizer.encode_with_offsets(
-                turn.reference, continuation=self.continues
+            self.starts = tokenizer.starts_of(
+                self.reference_ids, turn.reference, continuation=self.continues
             )
 
     def deviation(self, place: int) -> Deviation:
@@ -129,10 +129,13 @@ class _TurnEncoder:
         num_right = common_length(deviation_text, reference[cut_character:])
         if num_right == len(deviation_text):
             raise self._error(field, "says what the reference says", "something wrong in it")
-        before = reference[:cut_character]
-        whole = self._encode(before + deviation_text, self.continues, field)
-        if np.array_equal(whole[:cut], self.reference_ids[:cut]):
-            ids = whole[cut:]
+        # What comes before this place is encoded as it was in the reference.
+        begin = tokenizer.cut_before(reference, cut_character)
+        known = int(np.flatnonzero(self.starts == begin)[0]) if begin else 0
+        text_from_there = reference[begin:cut_character] + deviation_text
+        whole = self._encode(text_from_there, self.continues or begin > 0, field)
+        if np.array_equal(whole[: cut - known], self.reference_ids[known:cut]):
+            ids = whole[cut - known :]
         else:
             # The deviation would change the tokens before it, so it gets its own.
             ids = self._encode(deviation_text, True, field)

@@ -20,8 +20,9 @@ from nmar_ds.traces.parity import CheckedTokenizer
 from nmar_ds.traces.pool import Pool, PoolPart
 from nmar_ds.traces.records import Record
 from nmar_ds.traces.reduction import Machine
-from nmar_ds.traces.schema import Trace
+from nmar_ds.traces.schema import IdArray, Trace
 from nmar_ds.traces.sources import Chunk, Source
+from nmar_ds.traces.together import all_hold
 from nmar_ds.traces.turns import encode_record
 
 MAX_UNITS = 4096  # what one folder of results can hold; larger sources have larger units
@@ -128,17 +129,40 @@ def build(
     Raises:
         TraceError: the first bad record or trace, where such stop the preparation.
     """
+    try:
+        built = _build(recipe, sources, unit, pool, together=True)
+    except TraceError:
+        built = None  # a trace before that record may be wrong as well, and comes first then
+    if built is None:
+        built = _build(recipe, sources, unit, pool, together=False)
+    assert built is not None, "each trace was checked"
+    return built
+
+
+def _build(
+    recipe: Recipe, sources: Sequence[Source], unit: Unit, pool: Pool | None, *, together: bool
+) -> tuple[dict[str, Any], Arrays] | None:
+    """As `build`; None where traces are checked together and something is wrong with one."""
     counts = dict.fromkeys(RECORD_COUNTS, 0)
     tokenizer = recipe.tokenizer
     if isinstance(tokenizer, CheckedTokenizer):
         tokenizer.count_anew()
-    builder = TraceBuilder(recipe.builder, tokenizer, recipe.machine, recipe.chat, pool, counts)
+    unchecked: list[tuple[Trace, IdArray | None]] = []
+    builder = TraceBuilder(
+        recipe.builder, tokenizer, recipe.machine, recipe.chat, pool, counts,
+        unchecked if together else None,
+    )  # fmt: skip
     building = _Building(recipe, builder, counts)
     traces = [
         trace
         for number, chunk in unit.parts
         for trace in _traces(building, number, sources[number], chunk)
     ]
+    if not all_hold(
+        [trace for trace, _ in unchecked], [said for _, said in unchecked],
+        tokenizer=tokenizer, machine=recipe.machine,
+    ):  # fmt: skip
+        return None
     arrays = loose_arrays(traces, ids_dtype(tokenizer.size))
     facts = {
         "counts": {**counts, **counts_of(arrays)},

@@ -124,6 +124,22 @@ def test_every_broken_invariant_is_found_and_named(
         audit(store)
 
 
+@pytest.mark.parametrize("block", [1, 10**6])
+@pytest.mark.parametrize(("trace_index", "role"), [(0, 0), (1, 1), (3, 4)])
+def test_stored_counts_that_the_roles_do_not_bear_out(  # noqa: PLR0917 (fixtures)
+    block: int, trace_index: int, role: int,
+    small_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Denominators are planned from them, so a wrong one would scale every loss of its step."""
+    monkeypatch.setattr(audit_module, "BLOCK_TOKENS", block)
+    store = written(GOOD, small_tokenizer, tmp_path / "s")
+    counts = np.array(store._array(0, "role_counts"))
+    counts[trace_index * len(Role) + role] += 1
+    store._arrays[shard_file(0, "role_counts")] = counts
+    with pytest.raises(StoreError, match=rf"trace {trace_index} .*stored counts by role"):
+        audit(store)
+
+
 @pytest.mark.parametrize(
     ("semantics", "good", "bad"),
     [
