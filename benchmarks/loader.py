@@ -33,7 +33,7 @@ import data  # noqa: E402
 from tiny_tokenizers import corpus  # noqa: E402
 
 from nmar_ds.data.loader import RowLoader  # noqa: E402
-from nmar_ds.data.packing import best_fit_decreasing  # noqa: E402
+from nmar_ds.data.packing import pack  # noqa: E402
 from nmar_ds.data.store import Store, write_store  # noqa: E402
 from nmar_ds.traces.encoding import Tokenizer, train_sentencepiece  # noqa: E402
 from nmar_ds.traces.schema import Role, Trace  # noqa: E402
@@ -66,7 +66,7 @@ def large_store(folder: Path, tokenizer: Tokenizer, num: int) -> None:
 def loader_of(store: Store, capacity: int, rows: int) -> RowLoader:
     """One process, `rows` rows a step."""
     return RowLoader(
-        store, best_fit_decreasing(store.lengths, capacity), store.role_counts, seed=0,
+        store, pack(store.lengths, capacity), store.role_counts, seed=0,
         global_batch_rows=rows, micro_batch_rows=1, rank=0, world_size=1, pad_id=0,
         trained_roles=(Role.PREFIX, Role.UNDO, Role.CORRECTION),
     )  # fmt: skip

@@ -35,7 +35,7 @@ import data  # noqa: E402
 import peers  # noqa: E402
 
 from nmar_ds.data.dealing import deal  # noqa: E402
-from nmar_ds.data.packing import best_fit_decreasing  # noqa: E402
+from nmar_ds.data.packing import pack  # noqa: E402
 from nmar_ds.training.checkpoints import write_atomically  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "packing.json"
@@ -43,12 +43,13 @@ CAPACITIES = (2048, 8192)
 NUM = 100_000
 LARGE = (100_000, 1_000_000, 10_000_000)
 REPEATS = 3
+GROWTH_TURNS = 5
 Packer = Callable[[np.ndarray, int], int]
 
 
 def ours(tokens: np.ndarray, capacity: int) -> int:
     """Rows of our plan."""
-    return best_fit_decreasing(tokens, capacity).num_rows
+    return pack(tokens, capacity).num_rows
 
 
 def others() -> dict[str, Packer]:
@@ -111,23 +112,27 @@ def compare(packers: dict[str, Packer], repeats: int) -> list[dict[str, Any]]:
 
 
 def growth(repeats: int) -> list[dict[str, Any]]:
-    """Our cost from small to large, as a multiple of linear; and the fill at each size."""
+    """Our cost from small to large, as a multiple of linear; and the fill at each size.
+
+    The sizes take turns, so that a machine that is slower for a while is so for all of them. Small
+    ones take a millisecond: in each turn they are planned until about as many traces have been as
+    in the largest, and their median counts for the turn.
+    """
     rows = []
     for law in data.LAWS:
         for capacity in CAPACITIES:
-            seconds, over = {}, {}
-            for num in LARGE:
-                tokens = data.draw(law, num, capacity).tokens
-                # Small ones take a millisecond: many of them, or the clock is measured.
-                took = [
-                    timed(ours, tokens, capacity)[0]
-                    for _ in range(repeats * max(1, LARGE[1] // num))
-                ]
-                seconds[num] = statistics.median(took)
-                over[num] = ours(tokens, capacity) / data.lower_bound(tokens, capacity)
+            tokens = {num: data.draw(law, num, capacity).tokens for num in LARGE}
+            over = {num: ours(tokens[num], capacity) / data.lower_bound(tokens[num], capacity)
+                    for num in LARGE}  # fmt: skip
+            turns: dict[int, list[float]] = {num: [] for num in LARGE}
+            for _ in range(max(repeats, GROWTH_TURNS)):
+                for num in LARGE:
+                    took = [timed(ours, tokens[num], capacity)[0] for _ in range(LARGE[-1] // num)]
+                    turns[num].append(statistics.median(took))
+            seconds = {num: statistics.median(turns[num]) for num in LARGE}
             linear = seconds[LARGE[0]] / LARGE[0]
             rows.append({"law": law, "capacity": capacity,
-                         "seconds": seconds, "over_bound": over,
+                         "seconds": seconds, "turns": turns, "over_bound": over,
                          "times_linear": seconds[LARGE[-1]] / LARGE[-1] / linear})  # fmt: skip
     return rows
 
@@ -137,7 +142,7 @@ def evenness() -> list[dict[str, Any]]:
     rows = []
     for law in data.LAWS:
         drawn = data.draw(law, NUM, 2048)
-        plan = best_fit_decreasing(drawn.tokens, 2048)
+        plan = pack(drawn.tokens, 2048)
         sums = plan.row_sums(np.stack([drawn.tokens**2, drawn.trained], axis=1)).astype(float)
         costs = sums / sums.mean(axis=0)
         rng = np.random.default_rng(data.SEED)
@@ -203,7 +208,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one repeat, not kept")
     repeats = 1 if parser.parse_args().quick else REPEATS
     started = time.perf_counter()
-    best_fit_decreasing(np.array([1, 2, 3]), 8)
+    pack(np.array([1, 2, 3]), 8)
     cold = time.perf_counter() - started
     packers: dict[str, Packer] = {"ours": ours, **others()}
     for packer in packers.values():  # compile and warm up

@@ -11,7 +11,7 @@ import torch
 from nmar_ds.acceptance.tiny import ListSource
 from nmar_ds.config import ModelSection, RunConfig, deepspeed_config
 from nmar_ds.data.loader import RowLoader, count_targets
-from nmar_ds.data.packing import best_fit_decreasing
+from nmar_ds.data.packing import pack
 from nmar_ds.model.loading import load_model
 from nmar_ds.model.training_model import UndoTrainingModel
 from nmar_ds.traces.schema import Role
@@ -33,7 +33,7 @@ def full_rows(
         roles[0] = Role.PROMPT
         traces.append((rng.integers(0, vocab - 1, size=length).astype(np.int32), roles))
     source = ListSource(traces)
-    plan = best_fit_decreasing([length] * num_rows, length)
+    plan = pack([length] * num_rows, length)
     return RowLoader(
         source, plan, count_targets(num_rows, source.roles), seed=1,
         global_batch_rows=num_rows, micro_batch_rows=micro_rows,

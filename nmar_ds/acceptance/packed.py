@@ -13,7 +13,7 @@ import transformers
 from nmar_ds.acceptance.reference import gradients, reference_sums, worst_gap
 from nmar_ds.acceptance.tiny import LENGTH, VOCAB, ListSource, make_traces, model_keys
 from nmar_ds.data.loader import Batch, make_batch
-from nmar_ds.data.packing import best_fit_decreasing
+from nmar_ds.data.packing import pack
 from nmar_ds.model.attention import ATTENTION_NAME
 from nmar_ds.model.objective import token_weights
 from nmar_ds.model.segments import SegmentLayout
@@ -69,7 +69,7 @@ def packed_gaps(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """
     traces = make_traces()
     source = ListSource(traces)
-    plan = best_fit_decreasing([len(ids) for ids, _ in traces], LENGTH)
+    plan = pack([len(ids) for ids, _ in traces], LENGTH)
     rows = [np.asarray(plan.row(row), dtype=np.int64) for row in range(plan.num_rows)]
     batch = make_batch(source, rows, length=LENGTH, pad_id=0)
     ours = UndoTrainingModel(_model(device, dtype, ATTENTION_NAME))

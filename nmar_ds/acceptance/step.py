@@ -22,7 +22,7 @@ from nmar_ds.acceptance.tiny import (
 )
 from nmar_ds.config import ModelSection, RunConfig, deepspeed_config
 from nmar_ds.data.loader import RowLoader, count_targets
-from nmar_ds.data.packing import best_fit_decreasing
+from nmar_ds.data.packing import pack
 from nmar_ds.model.loading import load_model
 from nmar_ds.model.training_model import UndoTrainingModel
 from nmar_ds.model.vocabulary import known_rows
@@ -175,7 +175,7 @@ def tiny_run(
     )  # fmt: skip
     traces = make_traces(num=num_traces)
     source = ListSource(traces)
-    plan = best_fit_decreasing([len(ids) for ids, _ in traces], LENGTH)
+    plan = pack([len(ids) for ids, _ in traces], LENGTH)
     assert plan.num_rows >= global_rows, "too few traces for a whole step"
     loader = RowLoader(
         source, plan, count_targets(len(traces), source.roles), seed=1,

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nmar_ds.data.packing import best_fit_decreasing
+from nmar_ds.data.packing import pack
 from nmar_ds.data.store import Store
 from nmar_ds.errors import StoreError
 from nmar_ds.traces.grammar import NEXT_ROLES, RESET_NEXT_ROLES
@@ -92,7 +92,7 @@ def audit(store: Store, *, capacity: int | None = None) -> Statistics:
         _count(block, found)
     found.lengths = store.lengths
     found.num_traces, found.num_tokens = len(store), int(found.lengths.sum(dtype=np.int64))
-    plan = best_fit_decreasing(found.lengths, found.capacity)
+    plan = pack(found.lengths, found.capacity)
     found.num_rows = plan.num_rows
     trained = store.role_counts[:, [Role.PREFIX, Role.UNDO, Role.CORRECTION]].sum(axis=1)
     found.num_without_target = int((trained == 0).sum())

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 from nmar_ds.data.loader import Batch, TraceSource, make_batch
-from nmar_ds.data.packing import best_fit_decreasing
+from nmar_ds.data.packing import pack
 from nmar_ds.data.store import Store, boundary_ids_of
 from nmar_ds.errors import StoreError
 from nmar_ds.traces.schema import NUM_ROLES, Role
@@ -85,7 +85,7 @@ def print_store(
     if single:
         plan = [np.array([index], np.int64) for index in range(store.num_traces)]
     else:
-        packed = best_fit_decreasing(store.lengths, length)
+        packed = pack(store.lengths, length)
         plan = [packed.row(index) for index in range(packed.num_rows)]
     for index in _choose(len(plan), num_shown, seed):
         traces = plan[index]

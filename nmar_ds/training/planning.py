@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nmar_ds.config import RunConfig
-from nmar_ds.data.packing import Plan, best_fit_decreasing
+from nmar_ds.data.packing import Plan, pack
 from nmar_ds.data.store import Store, boundary_ids_of
 from nmar_ds.errors import ConfigError, StoreError
 from nmar_ds.model.folder import check_model_folder
@@ -183,8 +183,8 @@ def plan_run(config: RunConfig) -> RunPlan:
         undo_init = resolve_undo_init(config.model.undo_init, store.tokenizer(), config.seed)
     if Path(config.output).exists() and not Path(config.output).is_dir():
         raise ConfigError(f"output: {config.output}: is a file, expected a folder")
-    plan = best_fit_decreasing(store.lengths, config.data.sequence_length)
-    heldout_plan = best_fit_decreasing(heldout.lengths, config.data.sequence_length)
+    plan = pack(store.lengths, config.data.sequence_length)
+    heldout_plan = pack(heldout.lengths, config.data.sequence_length)
     steps_per_epoch = -(-plan.num_rows // config.training.global_batch_rows)
     total_steps = config.training.steps
     if total_steps is None:

@@ -64,7 +64,7 @@ def poisoned_run(
 
     from nmar_ds.config import ModelSection, deepspeed_config
     from nmar_ds.data.loader import RowLoader, count_targets
-    from nmar_ds.data.packing import best_fit_decreasing
+    from nmar_ds.data.packing import pack
     from nmar_ds.errors import DivergenceError
     from nmar_ds.model.loading import load_model
     from nmar_ds.model.training_model import UndoTrainingModel
@@ -83,7 +83,7 @@ def poisoned_run(
     source = ListSource(traces)
     loader = RowLoader(
         source,
-        best_fit_decreasing([len(i) for i, _ in traces], LENGTH),
+        pack([len(i) for i, _ in traces], LENGTH),
         count_targets(len(traces), source.roles),
         seed=1,
         global_batch_rows=4,

@@ -18,7 +18,7 @@ from tiny_tokenizers import sums
 from nmar_ds.data import audit as audit_module
 from nmar_ds.data import statistics
 from nmar_ds.data.audit import audit
-from nmar_ds.data.packing import best_fit_decreasing
+from nmar_ds.data.packing import pack
 from nmar_ds.data.store import Store, manifest_checksum, shard_file, write_store
 from nmar_ds.errors import StoreError
 from nmar_ds.traces.encoding import Tokenizer
@@ -97,7 +97,7 @@ def test_what_is_there_is_counted(small_tokenizer: Tokenizer, tmp_path: Path) ->
         1,
         0,
     ]  # the third trace's second error is noticed at once
-    assert found.num_rows == best_fit_decreasing([len(t) for t in GOOD], 16).num_rows
+    assert found.num_rows == pack([len(t) for t in GOOD], 16).num_rows
     assert found.packing_use == 26 / (16 * found.num_rows)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from nmar_ds.data.dealing import deal
 from nmar_ds.data.loader import FILLER_ROW, RowLoader
-from nmar_ds.data.packing import best_fit_decreasing
+from nmar_ds.data.packing import pack
 from nmar_ds.traces.schema import NUM_ROLES, Role
 
 CAPACITY, W = 2048, 8
@@ -28,7 +28,7 @@ def loader_of(lengths: np.ndarray, share: np.ndarray, *, rows_per_rank: int, ran
     counts[:, Role.CORRECTION] = (lengths - 1) * share
     counts[:, Role.PROMPT] = lengths - 1 - counts[:, Role.CORRECTION]
     return RowLoader(
-        NoTokens(), best_fit_decreasing(lengths, CAPACITY), counts, seed=seed,
+        NoTokens(), pack(lengths, CAPACITY), counts, seed=seed,
         global_batch_rows=W * rows_per_rank, micro_batch_rows=1, rank=rank, world_size=world,
         pad_id=0,
     )  # fmt: skip

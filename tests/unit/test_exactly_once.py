@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 from history import Attempt, Plan, covers_every_epoch, lost_and_duplicated, surviving
 
 from nmar_ds.data.loader import RowLoader, count_targets
-from nmar_ds.data.packing import best_fit_decreasing
+from nmar_ds.data.packing import pack
 from nmar_ds.training import checkpoints
 
 POINTS = ("cleared", "before_write", "after_write", "after_hash", "read_back",
@@ -66,7 +66,7 @@ class Script:
         capacity = int(draw.integers(4, 40))
         self.lengths = draw.integers(1, capacity + 1, size=int(draw.integers(1, 500)))
         self.traces = Traces(self.lengths)
-        self.packed = best_fit_decreasing(self.lengths, capacity)
+        self.packed = pack(self.lengths, capacity)
         self.counts = count_targets(len(self.lengths), self.traces.roles)
         self.seed, self.batch = int(draw.integers(2**31)), int(draw.choice([12, 24]))
         self.every = int(draw.integers(1, 6))

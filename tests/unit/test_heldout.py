@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nmar_ds.data.loader import Batch, RowLoader, count_targets, make_batch
-from nmar_ds.data.packing import best_fit_decreasing
+from nmar_ds.data.packing import pack
 from nmar_ds.traces.schema import NUM_ROLES, Role
 from nmar_ds.training.heldout import as_scalars, batch_sums, measure
 
@@ -95,7 +95,7 @@ CORPUS = Fixed(
         for size in rng.integers(1, 13, size=90)
     ]
 )
-PLAN = best_fit_decreasing([len(trace) for trace in CORPUS.traces], 16)
+PLAN = pack([len(trace) for trace in CORPUS.traces], 16)
 COUNTS = count_targets(len(CORPUS.traces), CORPUS.roles)
 
 

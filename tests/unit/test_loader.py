@@ -20,7 +20,7 @@ from nmar_ds.data.loader import (
     count_targets,
     make_batch,
 )
-from nmar_ds.data.packing import Plan, best_fit_decreasing
+from nmar_ds.data.packing import Plan, pack
 from nmar_ds.traces.schema import NO_ROLE, NUM_ROLES, Role
 
 PAD = 7
@@ -107,7 +107,7 @@ def corpora(draw: st.DrawFn) -> tuple[Traces, int]:
 @given(corpora(), st.integers(1, 4))
 def test_roles_after_packing_are_those_before(corpus: tuple[Traces, int], per_batch: int) -> None:
     traces, capacity = corpus
-    plan = best_fit_decreasing(traces.lengths, capacity)
+    plan = pack(traces.lengths, capacity)
     rows = [plan.row(row) for row in range(plan.num_rows)]
     rows += [np.empty(0, np.int64)] * (-len(rows) % per_batch)
     role_of = {}
@@ -170,7 +170,7 @@ def test_counts_of_targets_by_hand() -> None:
 # -- order -----------------------------------------------------------------------------------
 
 CORPUS = Traces(np.random.default_rng(5).integers(1, 13, size=122).tolist(), seed=5)
-PLAN = best_fit_decreasing(CORPUS.lengths, 16)
+PLAN = pack(CORPUS.lengths, 16)
 COUNTS = CORPUS.counts()
 
 
@@ -304,7 +304,7 @@ def test_a_fresh_loader_stands_where_one_that_walked_there_stands() -> None:
 @pytest.mark.parametrize("num_rows", range(1, 18))
 def test_no_rank_ever_runs_out_before_another(num_rows: int) -> None:
     traces = Traces([3] * num_rows, seed=num_rows)  # one trace fills one row
-    plan = best_fit_decreasing(traces.lengths, 3)
+    plan = pack(traces.lengths, 3)
     for world, micro, accumulation in product((1, 2, 3, 4), (1, 2), (1, 2)):
         total = world * micro * accumulation
         ranks = [
@@ -338,7 +338,7 @@ def test_rows_that_do_not_divide_are_filled_up_at_the_end() -> None:
 def test_the_first_token_of_a_trace_never_counts_whatever_its_role() -> None:
     traces = Traces([1] * 9)
     assert traces.counts().sum() == 0
-    one = loader(traces=traces, plan=best_fit_decreasing(traces.lengths, 4), total=4)
+    one = loader(traces=traces, plan=pack(traces.lengths, 4), total=4)
     counts, num_traces = one.counts_of_step(0)
     assert counts.sum() == 0 and num_traces == 9
     assert (one.batches_of_step(0)[0].targets == -1).all()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rich.text import Text
 
-from nmar_ds.data.packing import best_fit_decreasing
+from nmar_ds.data.packing import pack
 from nmar_ds.data.store import Store, write_store
 from nmar_ds.data.view import counts_view, print_store, row_view, visible
 from nmar_ds.errors import StoreError
@@ -130,7 +130,7 @@ def test_print_store_shows_rows_of_the_real_plan(
 ) -> None:
     store = Store(folder)
     length = int(store.lengths.max()) + 2
-    plan = best_fit_decreasing(store.lengths, length)
+    plan = pack(store.lengths, length)
     weights = role_weights("msft")
     print_store(
         store, num_shown=99, sequence_length=length, weights=weights, seed=None, single=False
