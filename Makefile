@@ -44,7 +44,8 @@ smollm2: $(VENV)/smollm2  ## teach real pretrained weights (SmolLM2-135M) to und
 	    ./examples/smollm2/run.sh $(OVERRIDES)
 
 test: $(VENV)/installed  ## the tests (under 15 minutes on two cores)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
+	$(BIN)/python -m pytest tests/distributed
 
 test-nodes: $(VENV)/installed  ## one run on two nodes (network namespaces of this machine; 2 minutes)
 	$(BIN)/python -m pytest tests/nodes

@@ -35,6 +35,12 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
 
 
+class InexactError(VocabularyError):
+    """A text that decoding does not give back."""
+
+    expected = "a text the tokenizer gives back exactly"
+
+
 class Tokenizer(ABC):
     """A vocabulary with `<UNDO>` as one special token.
 
@@ -127,6 +133,22 @@ class Tokenizer(ABC):
                 f"the vocabulary lacks the characters, or matches {piece!r} as plain text"
             )
         return ids
+
+    def encode_exactly(self, text: str, *, continuation: bool) -> IdArray:
+        """Encode as `encode` does, and make sure that decoding gives the text back.
+
+        Raises:
+            InexactError: it does not.
+            VocabularyError: as `encode`.
+        """
+        ids = self.encode(text, continuation=continuation)
+        self._require_exact(ids, text, continuation=continuation)
+        return ids
+
+    def _require_exact(self, ids: IdArray, text: str, *, continuation: bool) -> None:
+        spelled = self.decode(ids, continuation=continuation)
+        if spelled != text:
+            raise InexactError(self.difference(text, spelled))
 
     def decode(self, ids: Sequence[int] | IdArray, *, continuation: bool = False) -> str:
         """Rebuild the exact text; special ids contribute nothing.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import shutil
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 
 from nmar_ds.errors import NoUndoTokenError, VocabularyError
@@ -40,7 +42,7 @@ class JsonVocabulary(Tokenizer):
         self._start = _open(plain, file)
         self._continuation = _open(continuing, file) if self._prefix_kind else self._start
         self._by_word = (
-            WordEncoder(self._whole) if not self._prefix_kind and is_word_by_word(plain) else None
+            WordEncoder(self._word) if not self._prefix_kind and is_word_by_word(plain) else None
         )
         added = {token["id"]: token for token in self._spec["added_tokens"]}
         specials = {number for number, token in added.items() if token["special"]}
@@ -127,8 +129,6 @@ class JsonVocabulary(Tokenizer):
         return int(number)
 
     def _raw_encode(self, text: str, continuation: bool) -> Sequence[int]:
-        if self._by_word is not None:
-            return self._by_word(text)
         tokenizer = self._continuation if continuation else self._start
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
         return ids
@@ -137,9 +137,25 @@ class JsonVocabulary(Tokenizer):
         """Where words are encoded one by one, the start of one of them."""
         return 0 if self._by_word is None else self._by_word.cut_before(text, end)
 
-    def _whole(self, text: str) -> list[int]:
-        ids: list[int] = self._start.encode(text, add_special_tokens=False).ids
-        return ids
+    def _word(self, word: str) -> list[int]:
+        ids = super().encode(word, continuation=True)
+        self._require_exact(ids, word, continuation=True)
+        known: list[int] = ids.tolist()
+        return known
+
+    def encode(self, text: str, *, continuation: bool) -> IdArray:
+        """As its words, where that is the same."""
+        if self._by_word is not None:
+            with contextlib.suppress(VocabularyError):  # what is wrong is said of the whole text
+                return np.array(self._by_word(text), dtype=np.int32)
+        return super().encode(text, continuation=continuation)
+
+    def encode_exactly(self, text: str, *, continuation: bool) -> IdArray:
+        """As its words, each of which is known to come back."""
+        if self._by_word is not None:
+            with contextlib.suppress(VocabularyError):
+                return np.array(self._by_word(text), dtype=np.int32)
+        return super().encode_exactly(text, continuation=continuation)
 
     def _starts_with_space(self, text: str) -> bool:
         if self._prefix_kind == "unless-space":

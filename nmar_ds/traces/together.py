@@ -111,9 +111,6 @@ def _walk(  # noqa: PLR0911, PLR0912, PLR0915, PLR0917 (compiled: one loop, no k
                 if before == PROMPT:
                     base = height
                 if role == DEVIATION:
-                    top_stops = height == base or is_boundary[stack[height - 1]]
-                    if semantics == 1 and not top_stops:
-                        return False
                     entered, first, due = height, at, 0
             if role == UNDO:
                 if height == base:

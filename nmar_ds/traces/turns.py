@@ -52,6 +52,7 @@ def encode_record(
         )  # fmt: skip
     turns: list[Turn] = []
     num_snaps = 0
+    stop = np.array([tokenizer.eos_id], dtype=np.int32)
     prompts = _chat_prompts(record, chat) if chat is not None else None
     for number, turn in enumerate(record.turns):
         prefix = f"turn {number}: " if len(record.turns) > 1 else ""
@@ -62,7 +63,7 @@ def encode_record(
         turns.append(
             Turn(
                 prompt_ids=encoder.prompt_ids,
-                reference_ids=np.append(encoder.reference_ids, np.int32(tokenizer.eos_id)),
+                reference_ids=np.concatenate([encoder.reference_ids, stop]),
                 deviations=tuple(deviations),
             )
         )
@@ -148,14 +149,9 @@ class _TurnEncoder:
 
     def _encode(self, text: str, continuation: bool, field: str) -> IdArray:
         try:
-            ids = self.tokenizer.encode(text, continuation=continuation)
+            return self.tokenizer.encode_exactly(text, continuation=continuation)
         except VocabularyError as error:
             raise self._error(field, str(error), error.expected) from None
-        spelled = self.tokenizer.decode(ids, continuation=continuation)
-        if spelled != text:
-            problem = self.tokenizer.difference(text, spelled)
-            raise self._error(field, problem, "a text the tokenizer gives back exactly")
-        return ids
 
     def _error(self, field: str, problem: str, expected: str) -> TraceError:
         return TraceError(

@@ -2,10 +2,10 @@
 
 Most of what a preparation spends goes into encoding, and most words of a corpus have been seen
 before. A byte-level tokenizer cuts a text by a regular expression and merges inside the pieces
-only. All expressions that are known here start a piece at every single space between a visible
-character and a visible ASCII character, and look back at nothing; so a text may be cut there, and
-the ids of a word remembered. (Not in a run of spaces: where digits are split off before, its last
-space stays with it before a digit.) Tokenizers that are not known to do so encode every text whole.
+only. All expressions that are known here start a piece at every space that comes after a visible
+character, and look back at nothing; so a text may be cut there, and the ids of a word remembered.
+(Not inside a run of spaces, nor after it.) Tokenizers that are not known to do so encode every
+text whole.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-WORD = re.compile(r"(?<=\S)(?= [!-~])")
+WORD = re.compile(r"(?<=\S)(?= )")
 MAX_KNOWN = 2**18  # words; some 50 MB
 MAX_LENGTH = 48  # characters of a word that is worth remembering
 
@@ -53,7 +53,7 @@ class WordEncoder:
         """The last place where a text is cut, whatever comes from `end` on; 0 if there is none."""
         at = end
         while (at := text.rfind(" ", 1, at)) > 0:
-            if at + 1 < end and WORD.match(text, at):
+            if WORD.match(text, at):
                 return at
         return 0
 

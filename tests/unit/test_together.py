@@ -123,6 +123,32 @@ def test_the_verdict_is_that_of_each_alone(semantics: str, small_tokenizer: Toke
     assert min(seen[True], seen[False]) > 300, seen
 
 
+X, P, E, B, C = Role
+WRONG = {
+    "too few, then too many": [(P, 8, 8), (E, 9, 9), (B, 1), (E, 9), (B, 2), (C, 8)],
+    "too many at the end": [(P, 8), (E, 9, 9), (B, 1), (E, 9), (B, 2)],
+    "a turn that says nothing": [(X, 8), (E, 9), (B, 1), (X, 8), (P, 8)],
+    "the last turn says nothing": [(X, 8), (P, 8), (X, 8), (E, 9), (B, 1)],
+    "into the prompt": [(X, 8, 8), (E, 9), (B, 2), (C, 8)],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_leaves_the_right_tokens_and_is_wrong(name: str, small_tokenizer: Tokenizer) -> None:
+    machine = machine_of(small_tokenizer, "token")
+    ids, roles, onsets = list[int](), list[int](), list[int]()
+    for role, *tokens in WRONG[name]:
+        if role == E:
+            onsets.append(len(ids))
+        given_ids = [machine.undo_id] * tokens[0] if role == B else tokens
+        ids, roles = ids + given_ids, roles + [role] * len(given_ids)
+    trace = Trace(
+        ids=np.array(ids, np.int32), roles=np.array(roles, np.uint8), onsets=tuple(onsets)
+    )
+    assert not passes((trace, None), small_tokenizer, machine)
+    assert not all_hold([trace], [None], tokenizer=small_tokenizer, machine=machine)
+
+
 def test_none_and_empty_ones(small_tokenizer: Tokenizer) -> None:
     machine = machine_of(small_tokenizer, "token")
     assert all_hold([], [], tokenizer=small_tokenizer, machine=machine)

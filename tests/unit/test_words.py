@@ -16,7 +16,7 @@ from tiny_tokenizers import corpus
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from nmar_ds.traces import words
-from nmar_ds.traces.encoding import load_tokenizer
+from nmar_ds.traces.encoding import InexactError, load_tokenizer
 from nmar_ds.traces.words import KNOWN_SPLITS, WordEncoder, is_word_by_word
 
 PLAIN = settings(max_examples=400, deadline=None, derandomize=True, database=None)
@@ -168,6 +168,25 @@ def test_a_token_over_a_space_that_text_can_produce(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     found = load_tokenizer(tmp_path)
     assert [found.piece(token) for token in found.encode("a bb", continuation=True)] == ["a b", "b"]
+
+
+def test_a_word_that_does_not_come_back(tmp_path: Path) -> None:
+    """The unknown character is refused as in a tokenizer that is not taken apart."""
+    made = tokenizers.Tokenizer(
+        models.BPE(vocab={c: n for n, c in enumerate("ab\u0120")}, merges=[])
+    )
+    made.pre_tokenizer, made.decoder = WITH_REGEX, decoders.ByteLevel()
+    made.add_special_tokens(
+        ["</s>", tokenizers.AddedToken("<UNDO>", special=True, normalized=False)]
+    )
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    found = load_tokenizer(tmp_path)
+    assert found.encode("a ab", continuation=True).tolist() == [0, 2, 0, 1]
+    for text in ("a cab", "a cab"):
+        assert found.encode(text, continuation=True).tolist() == [0, 2, 0, 1]
+        with pytest.raises(InexactError, match="decodes to 'ab' instead of 'cab' at character 2"):
+            found.encode_exactly(text, continuation=True)
 
 
 def test_normalizers_may_join_words() -> None:
