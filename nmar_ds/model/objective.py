@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -88,48 +87,51 @@ class LinearCrossEntropy(torch.autograd.Function):
             bool(need) and want_grads for need in ctx.needs_input_grad[:3]
         )
         exact = torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
-        grad_hidden = torch.zeros_like(hidden_NH) if for_hidden else None
-        grad_weight = torch.zeros_like(weight_VH, dtype=exact) if for_weight else None
-        grad_bias = torch.zeros_like(weight_VH[:, 0], dtype=exact) if for_bias else None
+        grads = _HeadGrads(hidden_NH, weight_VH, (for_hidden, for_weight, for_bias), exact)
         nll_N = torch.empty(len(targets_N), dtype=exact, device=hidden_NH.device)
         unlikelihood_N = torch.zeros_like(nll_N)
         weights_N = weights_N.to(exact)
-        for start in range(0, len(targets_N), chunk_size):
+        # one block for all chunks: on a CPU fresh memory costs as much as a pass over it
+        chunk_size = min(chunk_size, len(targets_N))
+        block_CV = hidden_NH.new_empty(chunk_size, weight_VH.shape[0])
+        exact_CV = block_CV if block_CV.dtype == exact else block_CV.to(exact)
+        for start in range(0, len(targets_N), chunk_size or 1):
             rows = slice(start, start + chunk_size)
-            logits_CV = F.linear(hidden_NH[rows], weight_VH, bias_V).to(exact)
-            lse_C = torch.logsumexp(logits_CV, dim=1)
-            targets_C1 = targets_N[rows, None]
-            nll_N[rows] = lse_C - logits_CV.gather(1, targets_C1)[:, 0]
+            hidden_CH, targets_C1 = hidden_NH[rows], targets_N[rows, None]
+            narrow_CV, logits_CV = block_CV[: len(hidden_CH)], exact_CV[: len(hidden_CH)]
+            torch.mm(hidden_CH, weight_VH.t(), out=narrow_CV)
+            if bias_V is not None:
+                narrow_CV += bias_V
+            if narrow_CV is not logits_CV:
+                logits_CV.copy_(narrow_CV)
             push = None
             if penalties_N is not None:
-                push = _Push.away(logits_CV, lse_C, targets_C1, nll_N[rows], penalties_N[rows])
+                push = _Push.away(logits_CV, targets_C1, penalties_N[rows])
+            softmax_CV, lse_C, nll_N[rows] = _softmax_(logits_CV, targets_C1)
+            if push is not None:
+                push.finish(lse_C, nll_N[rows])
                 unlikelihood_N[rows] = push.values_C
             if not (for_hidden or for_weight or for_bias):
                 continue
+            # The row's weight goes to the narrow side of the two products, not over V columns.
             pulls_C1 = _unclipped(weights_N[rows], nll_N[rows], nll_clip)[:, None]
-            # in place: logits become softmax - onehot, times the row's weight
-            grad_CV = logits_CV.sub_(lse_C[:, None]).exp_()
-            grad_CV.scatter_add_(1, targets_C1, grad_CV.new_full(targets_C1.shape, -1.0))
+            # in place: softmax becomes softmax - onehot; 1 - p without its cancellation
+            grad_CV = softmax_CV.scatter_(1, targets_C1, torch.expm1(-nll_N[rows])[:, None])
             # a row of weight 0 must give exactly no gradient, whatever is in it
-            grad_CV.mul_(pulls_C1).masked_fill_(pulls_C1 == 0, 0)
             dead_C1 = pulls_C1 == 0
             if push is not None:
-                grad_CV.index_add_(0, push.rows_K, push.grad_KV)
+                push.add_to(grad_CV, pulls_C1)
+                pulls_C1 = pulls_C1.index_fill(0, push.rows_K, 1.0)
                 dead_C1[push.rows_K] = False
-            hidden_CH = hidden_NH[rows].masked_fill(dead_C1, 0)
-            if grad_bias is not None:
-                grad_bias += grad_CV.sum(dim=0)
-            grad_CV = grad_CV.to(weight_VH.dtype)
-            if grad_hidden is not None:
-                grad_hidden[rows] = (grad_CV @ weight_VH).masked_fill_(dead_C1, 0)
-            if grad_weight is not None:
-                if grad_CV.dtype == exact:
-                    grad_weight.addmm_(grad_CV.t(), hidden_CH)
-                else:
-                    grad_weight += grad_CV.t() @ hidden_CH
+            if _may_hold(dead_C1):
+                grad_CV.masked_fill_(dead_C1, 0)
+                hidden_CH = hidden_CH.masked_fill(dead_C1, 0)
+            if grad_CV.dtype != narrow_CV.dtype:
+                grad_CV = narrow_CV.copy_(grad_CV)
+            grads.add(rows, grad_CV, hidden_CH, weight_VH, pulls_C1)
         loss_sum = _loss_sum(nll_N, unlikelihood_N, weights_N, penalties_N, nll_clip)
         # saved the regular way, so that the backward frees them
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.save_for_backward(grads.hidden_NH, grads.weight_VH, grads.bias_V)
         ctx.dtypes = (
             hidden_NH.dtype,
             weight_VH.dtype,
@@ -141,15 +143,90 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_unused: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Scale the gradients formed in the forward."""
-        scaled = [
-            None if grad is None else (grad * grad_loss.to(grad.dtype)).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
+        """Scale the gradients formed in the forward, in place where they are not needed again."""
+        kept = torch._C._autograd._get_current_graph_task_keep_graph()
+        scaled = []
+        for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
+            if grad is not None:
+                factor = grad_loss.to(grad.dtype)
+                grad = (grad * factor if kept else grad.mul_(factor)).to(dtype)  # noqa: PLW2901
+            scaled.append(grad)
         return (*scaled, *[None] * 6)
 
 
-class _Push(NamedTuple):
+def _softmax_(logits_CV: Tensor, targets_C1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn logits into probabilities, in their own memory on a CPU.
+
+    Returns:
+        Probabilities [C, V]; log-sum-exp [C]; -log p of the targets [C].
+    """
+    target_C = logits_CV.gather(1, targets_C1)[:, 0]
+    if logits_CV.device.type != "cpu":
+        lse_C = torch.logsumexp(logits_CV, dim=1)
+        return logits_CV.sub_(lse_C[:, None]).exp_(), lse_C, lse_C - target_C
+    # A third of the time of the above. The largest probability is 1 / sum, at least 1 / V, so the
+    # log-sum-exp comes back from it without loss.
+    top_C = logits_CV.amax(dim=1)
+    softmax_CV = torch.softmax(logits_CV, dim=1, out=logits_CV)
+    log_sum_C = softmax_CV.amax(dim=1).log_().neg_()
+    return softmax_CV, top_C + log_sum_C, (top_C - target_C) + log_sum_C
+
+
+def _may_hold(mask: Tensor) -> bool:
+    """Whether any element is True; on a device always, because asking it would wait for it."""
+    return mask.device.type != "cpu" or bool(mask.numpy().any())
+
+
+class _HeadGrads:
+    """The gradients of the head, chunk after chunk; None where not wanted.
+
+    Args:
+        hidden_NH: inputs of the head.
+        weight_VH: its weight.
+        wanted: of hidden, weight and bias.
+        exact: dtype that sums over chunks are kept in.
+    """
+
+    def __init__(
+        self,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        wanted: tuple[bool, bool, bool],
+        exact: torch.dtype,
+    ) -> None:
+        for_hidden, for_weight, for_bias = wanted
+        make = torch.empty_like if len(hidden_NH) else torch.zeros_like
+        self.hidden_NH = torch.empty_like(hidden_NH) if for_hidden else None
+        self.weight_VH = make(weight_VH, dtype=exact) if for_weight else None
+        self.bias_V = torch.zeros_like(weight_VH[:, 0], dtype=exact) if for_bias else None
+        self._part_VH: Tensor | None = None
+
+    def add(
+        self, rows: slice, grad_CV: Tensor, hidden_CH: Tensor, weight_VH: Tensor, pulls_C1: Tensor
+    ) -> None:
+        """Add one chunk; `grad_CV` times `pulls_C1` is the gradient of its logits."""
+        pulls_C1 = pulls_C1.to(grad_CV.dtype)
+        if self.bias_V is not None:
+            self.bias_V += (grad_CV.t() @ pulls_C1)[:, 0]
+        if self.hidden_NH is not None:
+            product = torch.mm(grad_CV, weight_VH, out=self.hidden_NH[rows])
+            product.mul_(pulls_C1).masked_fill_(pulls_C1 == 0, 0)
+        if self.weight_VH is None:
+            return
+        pulled_CH = hidden_CH * pulls_C1
+        if grad_CV.dtype == self.weight_VH.dtype:
+            self.weight_VH.addmm_(grad_CV.t(), pulled_CH, beta=int(rows.start > 0))
+            return
+        if self._part_VH is None:
+            self._part_VH = torch.empty_like(weight_VH)
+        torch.mm(grad_CV.t(), pulled_CH, out=self._part_VH)
+        if rows.start:
+            self.weight_VH += self._part_VH
+        else:
+            self.weight_VH.copy_(self._part_VH)
+
+
+class _Push:
     """The unlikelihood of one chunk's penalised rows: u * -log(1 - p), p the target's probability.
 
     1 - p is taken from the log-sum-exp of the *other* logits, which needs no clamp as p -> 1:
@@ -164,29 +241,37 @@ class _Push(NamedTuple):
     """
 
     values_C: Tensor
-    rows_K: Tensor
     grad_KV: Tensor
 
+    def __init__(self, rows_K: Tensor, targets_K1: Tensor, others_KV: Tensor, u_K: Tensor) -> None:
+        self.rows_K = rows_K
+        self._targets_K1, self._others_KV, self._u_K = targets_K1, others_KV, u_K
+
     @classmethod
-    def away(
-        cls,
-        logits_CV: Tensor,
-        lse_C: Tensor,
-        targets_C1: Tensor,
-        nll_C: Tensor,
-        penalties_C: Tensor,
-    ) -> _Push:
-        """Form values and gradient at once; the logits are left as they are."""
+    def away(cls, logits_CV: Tensor, targets_C1: Tensor, penalties_C: Tensor) -> _Push:
+        """Take what it needs of the logits, which are left as they are."""
         rows_K = torch.nonzero(penalties_C)[:, 0]
         targets_K1 = targets_C1[rows_K]
         others_KV = logits_CV[rows_K].scatter_(1, targets_K1, -torch.inf)
+        return cls(rows_K, targets_K1, others_KV, penalties_C[rows_K])
+
+    def finish(self, lse_C: Tensor, nll_C: Tensor) -> None:
+        """Form values and gradient, once the targets' own losses are known."""
+        others_KV, rows_K, penalties_K = self._others_KV, self.rows_K, self._u_K
         others_K = torch.logsumexp(others_KV, dim=1)
         p_K = torch.exp(-nll_C[rows_K])
         # each form where it is exact: a small p is lost in the difference of two large numbers
         value_K = torch.where(p_K < 0.5, -torch.log1p(-p_K), lse_C[rows_K] - others_K)
-        grad_KV = others_KV.sub_(others_K[:, None]).exp_().scatter_(1, targets_K1, -1.0)
-        grad_KV.mul_(-(penalties_C[rows_K].to(p_K) * p_K)[:, None])
-        return cls(torch.zeros_like(nll_C).index_copy(0, rows_K, value_K), rows_K, grad_KV)
+        grad_KV = others_KV.sub_(others_K[:, None]).exp_().scatter_(1, self._targets_K1, -1.0)
+        self.grad_KV = grad_KV.mul_(-(penalties_K.to(p_K) * p_K)[:, None])
+        self.values_C = torch.zeros_like(nll_C).index_copy(0, rows_K, value_K)
+
+    def add_to(self, grad_CV: Tensor, pulls_C1: Tensor) -> None:
+        """Pull the penalised rows by their weight, and push them: both are then in `grad_CV`."""
+        pulls_K1 = pulls_C1[self.rows_K]
+        # where, not a product: a row of weight 0 has only the push, whatever else is in it
+        pulled_KV = torch.where(pulls_K1 == 0, 0.0, grad_CV[self.rows_K] * pulls_K1)
+        grad_CV.index_copy_(0, self.rows_K, pulled_KV.add_(self.grad_KV))
 
 
 def _unclipped(weights_N: Tensor, nll_N: Tensor, nll_clip: float | None) -> Tensor:
@@ -227,6 +312,21 @@ class HeadLoss(NamedTuple):
     unlikelihood_N: Tensor
 
 
+def _check_targets(targets_N: Tensor, num_classes: int) -> None:
+    """Refuse ids outside the head. On a device without waiting for it, so without the id's name."""
+    if targets_N.device.type != "cpu":
+        inside_N = (targets_N >= 0) & (targets_N < num_classes)
+        torch._assert_async(inside_N.all(), "a target id lies outside the model's head")
+    elif len(targets_N):
+        ids = targets_N.numpy()
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= num_classes:
+            raise VocabularyError(
+                f"target id {low if low < 0 else high}: outside the model's head, expected an id "
+                f"from 0 to {num_classes - 1}"
+            )
+
+
 def weighted_cross_entropy(
     hidden_NH: Tensor,
     weight_VH: Tensor,
@@ -255,13 +355,7 @@ def weighted_cross_entropy(
         VocabularyError: a target outside the head's rows.
     """
     num_classes = weight_VH.shape[0]
-    if len(targets_N):
-        low, high = (int(bound) for bound in torch.aminmax(targets_N))
-        if low < 0 or high >= num_classes:
-            raise VocabularyError(
-                f"target id {low if low < 0 else high}: outside the model's head, expected an id "
-                f"from 0 to {num_classes - 1}"
-            )
+    _check_targets(targets_N, num_classes)
     if chunk_size is None:
         exact = torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
         chunk_size = default_chunk_size(num_classes, exact, hidden_NH.device)

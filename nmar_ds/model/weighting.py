@@ -18,9 +18,11 @@ from nmar_ds.traces.schema import NUM_ROLES, ROLE_BY_LABEL, Role
 
 FloatArray = npt.NDArray[np.float64]
 
-# Bytes of one chunk's logits in the loss dtype; about three such blocks live at a time, and one
-# more for each chunk's rows under unlikelihood.
-CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
+# Bytes of one chunk's logits in the loss dtype. One such block lives at a time (and, for a bfloat16
+# head, one of half its size; under unlikelihood, copies of the chunk's penalised rows). Measured on
+# a CPU: products over fewer than 256 rows lose a fifth of their rate at V = 49,152; 48 MiB hold
+# 256 there, and at V = 128,256 stay small beside the head's gradient.
+CHUNK_BYTES = {"cpu": 48 << 20, "cuda": 256 << 20}
 
 PRESETS: dict[str, dict[str, float]] = {
     "msft": {"prompt": 0, "prefix": 1, "deviation": 0, "undo": 1, "correction": 1},

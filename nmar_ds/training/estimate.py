@@ -146,12 +146,13 @@ def loss_kept_bytes(shape: Architecture, tokens: int, item: int) -> int:
 
 
 def loss_bytes(shape: Architecture, tokens: int, item: int, device: str) -> int:
-    """The loss at its peak: a chunk's logits in the forward, or the head's gradient scaled."""
+    """The loss at its peak: a chunk's logits in the forward, and a narrow head's gradient."""
     head = shape.rows * shape.hidden
     chunk = min(max(16, CHUNK_BYTES[device] // (FP32 * shape.rows)), tokens)
-    logits = 3 * chunk * FP32 * shape.rows
-    scaled = head * (FP32 + (0 if item == FP32 else item))
-    return loss_kept_bytes(shape, tokens, item) + max(logits, scaled)
+    narrow = 0 if item == FP32 else item
+    # beside the logits a device holds those of the log-sum-exp; a CPU works in place
+    logits = chunk * shape.rows * (FP32 * (1 if device == "cpu" else 2) + narrow)
+    return loss_kept_bytes(shape, tokens, item) + logits + narrow * head
 
 
 def _buffer_bytes(config: RunConfig, shape: Architecture) -> int:

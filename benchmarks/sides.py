@@ -1,0 +1,387 @@
+"""Two sides that train the same model on the same packed traces: this package, and TRL.
+
+Each side lives in processes of its own and takes one optimizer step when told to, so that steps of
+both can be taken in turns. TRL's trainer runs unmodified: a callback waits at the beginning of a
+step and tells its time at the end (its data loading and logging are outside). Our time includes the
+making of the batch. Both sides: AdamW, learning rate 1e-4, no decay, clipping at 1, no activation
+checkpointing, one row per micro-batch. The loss is the mean over trained tokens.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import data  # noqa: E402
+
+NUM_TRACES = 1000  # one batch of TRL's packer
+LEARNING_RATE = 1e-4
+TINY = {
+    "vocab_size": 32_000, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 8192,
+}  # fmt: skip
+SMOLLM2 = ROOT / "runs" / "smollm2_135m_instruct"
+MODELS = ("tiny", "smollm2")
+Row = tuple[list[int], list[int], list[int]]  # ids, labels, lengths of the traces
+
+
+def model_folder(model: str, place: Path) -> Path:
+    """A folder of the model's weights in float32; the tiny one is made, the same each time."""
+    import torch
+    import transformers
+
+    if model == "smollm2":
+        if not SMOLLM2.exists():
+            sys.exit(f"{SMOLLM2}: missing; python examples/smollm2/convert.py --output {SMOLLM2}")
+        return SMOLLM2
+    torch.manual_seed(data.SEED)
+    folder = place / "tiny"
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY)).save_pretrained(folder)
+    return folder
+
+
+def traces(vocab: int, capacity: int) -> list[tuple[list[int], list[int]]]:
+    """Ids and labels of `NUM_TRACES` traces: random ids, lengths and trained shares of `data`."""
+    drawn = data.draw("trace", NUM_TRACES, capacity)
+    rng = np.random.default_rng(data.SEED)
+    made = []
+    for tokens, trained in zip(*drawn, strict=True):
+        ids = rng.integers(5, vocab, tokens)
+        labels = ids.copy()
+        # a prompt, then what is trained with a deviation in its middle
+        untrained = int(tokens - 1 - trained)
+        prompt = 1 + untrained // 2
+        labels[:prompt] = -100
+        at = prompt + int(trained) // 2
+        labels[at : at + untrained - untrained // 2] = -100
+        made.append((ids.tolist(), labels.tolist()))
+    return made
+
+
+def chosen_rows(num_packed: int, num: int) -> list[int]:
+    """Rows of the packed thousand, at random; a packer's first rows hold the longest traces."""
+    return np.random.default_rng(data.SEED).permutation(num_packed)[:num].tolist()
+
+
+# --- TRL ----------------------------------------------------------------------------------------
+
+
+def trl_worker(pipe: Connection, job: dict[str, Any], env: dict[str, str]) -> None:
+    """Send the packed rows; then a step's seconds and its loss for every message."""
+    os.environ.update(env)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import peers
+
+    peers.install()
+    import datasets
+    import tokenizers
+    import torch
+    import transformers
+    from trl import SFTConfig, SFTTrainer
+
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    if job["threads"]:
+        torch.set_num_threads(job["threads"])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel({"[p]": 0, "[e]": 1})),
+        pad_token="[p]", eos_token="[e]",
+    )  # fmt: skip
+    made = traces(job["vocab"], job["capacity"])
+    dataset = datasets.Dataset.from_dict(
+        {"input_ids": [ids for ids, _ in made], "labels": [labels for _, labels in made]}
+    )
+    config = SFTConfig(
+        output_dir=job["folder"] + "/trl", max_steps=job["steps"], packing=True,
+        packing_strategy="bfd", max_length=job["capacity"], per_device_train_batch_size=1,
+        gradient_accumulation_steps=job["accumulation"], learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0, warmup_steps=0,
+        gradient_checkpointing=False, bf16=job["autocast"], use_cpu=True, report_to="none",
+        save_strategy="no", logging_steps=1, disable_tqdm=True, dataloader_num_workers=0,
+        train_sampling_strategy="sequential", dataset_num_proc=1,
+        deepspeed=job["deepspeed"],
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        job["model"], dtype=getattr(torch, job["dtype"]), attn_implementation="sdpa"
+    )
+
+    class Turns(transformers.TrainerCallback):  # type: ignore[misc]
+        """Waits for its turn, and tells how long it took."""
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            assert pipe.recv() == "step"
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.seconds = time.perf_counter() - self.started
+
+        def on_log(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            logged = state.log_history[-1]
+            if "loss" in logged:
+                pipe.send((self.seconds, logged["loss"]))
+
+    trainer = SFTTrainer(model, args=config, train_dataset=dataset, processing_class=tokenizer,
+                         callbacks=[Turns()])  # fmt: skip
+    packed = trainer.train_dataset
+    trainer.train_dataset = packed.select(chosen_rows(len(packed), job["rows"]))
+    pipe.send([(r["input_ids"], r["labels"], r["seq_lengths"]) for r in trainer.train_dataset])
+    trainer.train()
+
+
+# --- ours ---------------------------------------------------------------------------------------
+
+
+class Rows:
+    """Given packed rows as the training loop's loader and its source of traces."""
+
+    def __init__(self, rows: list[Row], job: dict[str, Any], rank: int, world_size: int) -> None:
+        from nmar_ds.traces.schema import NUM_ROLES, Role
+
+        self.job, self.rank, self.world_size = job, rank, world_size
+        self._ids: list[Any] = []
+        self._roles: list[Any] = []
+        self.rows: list[Any] = []
+        self.counts: list[Any] = []
+        for ids, labels, lengths in rows:
+            self.rows.append(np.arange(len(self._ids), len(self._ids) + len(lengths)))
+            self.counts.append(np.zeros(NUM_ROLES, dtype=np.int64))
+            for end, length in zip(np.cumsum(lengths), lengths, strict=True):
+                at = slice(end - length, end)
+                untrained = np.array(labels[at]) == -100
+                roles = np.where(untrained, Role.DEVIATION, Role.PREFIX).astype(np.uint8)
+                self._ids.append(np.array(ids[at]))
+                self._roles.append(roles)
+                self.counts[-1] += np.bincount(roles[1:], minlength=NUM_ROLES)
+
+    def ids(self, index: int) -> Any:
+        """Of a trace."""
+        return self._ids[index]
+
+    def roles(self, index: int) -> Any:
+        """Of a trace."""
+        return self._roles[index]
+
+    def _of_step(self, step: int) -> list[int]:
+        num = self.job["accumulation"] * self.world_size
+        return list(range(step * num, (step + 1) * num))
+
+    def counts_of_step(self, step: int) -> tuple[Any, int]:
+        """Targets by role, and traces."""
+        rows = self._of_step(step)
+        return sum(self.counts[r] for r in rows), sum(len(self.rows[r]) for r in rows)
+
+    def batches_of_step(self, step: int) -> list[Any]:
+        """This rank's micro-batches, dealt as a distributed sampler does."""
+        from nmar_ds.data.loader import make_batch
+
+        mine = self._of_step(step)[self.rank :: self.world_size]
+        return [make_batch(self, [self.rows[r]], length=self.job["capacity"], pad_id=0)
+                for r in mine]  # fmt: skip
+
+
+def run_config(job: dict[str, Any], world_size: int) -> Any:
+    """The run configuration of our side."""
+    from nmar_ds.config import RunConfig
+
+    rows = world_size * job["accumulation"]
+    return RunConfig.model_validate(
+        {
+            "name": "bench", "output": "unused", "tokenizer": {"path": "unused"},
+            "data": {"train": ["x"], "heldout": ["x"], "store": "x",
+                     "sequence_length": job["capacity"]},
+            "model": {"path": job["model"], "dtype": job["dtype"]},
+            "objective": {"denominator": "trained"},
+            "optimizer": {"learning_rate": LEARNING_RATE, "weight_decay": 0.0,
+                          "max_grad_norm": 1.0, "final_learning_rate_ratio": 1.0,
+                          "warmup_steps": 0},
+            "training": {"steps": job["steps"], "global_batch_rows": rows, "micro_batch_rows": 1},
+            **job.get("sections", {}),
+        }
+    )  # fmt: skip
+
+
+def ours_worker(pipe: Connection, job: dict[str, Any], env: dict[str, str]) -> None:
+    """Take the packed rows; then a step for every message."""
+    os.environ.update(env)
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from nmar_ds.training.engine import close_process_group, start_process_group
+    from nmar_ds.training.ranks import complete_environment, discover_ranks
+
+    ranks = discover_ranks(os.environ)
+    complete_environment(os.environ, ranks)
+    start_process_group(ranks, timeout_seconds=300)
+    import torch
+
+    if job["threads"]:
+        torch.set_num_threads(job["threads"])
+    loop = ours_loop(job, pipe.recv(), ranks.rank, ranks.world_size)
+    loop.engine.train()
+    pipe.send("ready")
+    for step in range(job["steps"]):
+        assert pipe.recv() == "step"
+        started = time.perf_counter()
+        sums = loop.forward_backward(step, also_untrained=False)
+        loop._agree(step + 1, sums, loop.engine.step_was_applied())
+        pipe.send((time.perf_counter() - started, sums.loss))
+    del loop
+    close_process_group()
+
+
+def ours_loop(job: dict[str, Any], rows: list[Row], rank: int, world_size: int) -> Any:
+    """The training loop over given rows."""
+    import torch
+    import transformers
+
+    from nmar_ds.acceptance.step import Quiet, Unsaved
+    from nmar_ds.config import deepspeed_config
+    from nmar_ds.model.training_model import UndoTrainingModel
+    from nmar_ds.training.engine import Engine, make_optimizer
+    from nmar_ds.training.loop import TrainingLoop
+
+    config = run_config(job, world_size)
+    lm = transformers.AutoModelForCausalLM.from_pretrained(
+        job["model"], dtype=getattr(torch, job["dtype"])
+    )
+    model = UndoTrainingModel(lm)
+    settings = deepspeed_config(config, world_size=world_size)
+    optimizer = make_optimizer(
+        model, config.optimizer, in_host_memory=not torch.cuda.is_available()
+    )
+    engine = Engine(model, settings, optimizer, whole_modules=["LlamaDecoderLayer"])
+    return TrainingLoop(
+        engine, Rows(rows, job, rank, world_size),  # type: ignore[arg-type]
+        weights=np.array([0.0, 1.0, 0.0, 1.0, 1.0]), denominator_kind="trained",
+        optimizer=config.optimizer, training=config.training, total_steps=job["steps"],
+        monitor=Quiet(), saver=Unsaved(), save_every=None,  # type: ignore[arg-type]
+        measure_heldout=dict, stop_requested=lambda: False,
+    )  # fmt: skip
+
+
+# --- taking turns -------------------------------------------------------------------------------
+
+
+class Gone(RuntimeError):
+    """A side's process ended before its work."""
+
+
+class Side:
+    """The processes of one side, one per rank."""
+
+    def __init__(self, worker: Any, job: dict[str, Any], world_size: int = 1) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipes: list[Connection] = []
+        self.processes: list[Any] = []
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        for rank in range(world_size):
+            env = {"TOKENIZERS_PARALLELISM": "false"}
+            if world_size > 1:
+                env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port,
+                        "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
+                        "LOCAL_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}  # fmt: skip
+            ours, theirs = context.Pipe()
+            process = context.Process(target=worker, args=(theirs, job, env), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def tell(self, message: Any) -> None:
+        """To all ranks."""
+        for pipe in self.pipes:
+            pipe.send(message)
+
+    def hear(self) -> list[Any]:
+        """From all ranks, in order.
+
+        Raises:
+            Gone: a process ended instead.
+        """
+        try:
+            return [pipe.recv() for pipe in self.pipes]
+        except (EOFError, ConnectionResetError):
+            for process in self.processes:
+                process.join(5)
+            codes = [process.exitcode for process in self.processes]
+            raise Gone(f"ended with exit codes {codes}") from None
+
+    def step(self) -> tuple[float, list[float]]:
+        """One optimizer step: the slowest rank's seconds, and the ranks' losses."""
+        self.tell("step")
+        answers = self.hear()
+        return max(seconds for seconds, _ in answers), [loss for _, loss in answers]
+
+    def close(self) -> None:
+        """End what still runs."""
+        for pipe in self.pipes:
+            pipe.close()
+        for process in self.processes:
+            process.join(20)
+            if process.is_alive():
+                process.kill()
+
+
+def job_of(model: str, place: str, **settings: Any) -> dict[str, Any]:
+    """What a side is to do; `rows` covers all steps of all ranks."""
+    folder = model_folder(model, Path(place))
+    job = {
+        "model": str(folder), "folder": place, "dtype": "float32", "autocast": False,
+        "accumulation": 1, "threads": None, "deepspeed": None,
+        "vocab": TINY["vocab_size"] if model == "tiny" else 49_152, **settings,
+    }  # fmt: skip
+    job["rows"] = job["steps"] * job["accumulation"] * job.get("world_size", 1)
+    return job
+
+
+def race(model: str, *, world_size: int = 1, **settings: Any) -> dict[str, Any]:
+    """Steps of both sides in turns; the first of each is not timed."""
+    with tempfile.TemporaryDirectory(prefix="sides-") as place:
+        job = job_of(model, place, world_size=world_size, **settings)
+        theirs = Side(trl_worker, job, world_size)
+        rows = theirs.hear()[0]
+        ours = Side(ours_worker, job, world_size)
+        ours.tell(rows)
+        ours.hear()
+        seconds: dict[str, list[float]] = {"ours": [], "trl": []}
+        losses: dict[str, list[float]] = {"ours": [], "trl": []}
+        tokens = [len(ids) for ids, _, _ in rows]
+        num = job["accumulation"] * world_size
+        rates: dict[str, list[float]] = {"ours": [], "trl": []}
+        found: dict[str, Any] = {"tokens": tokens}
+        try:
+            for step in range(job["steps"]):
+                for name, side in (("trl", theirs), ("ours", ours)):
+                    took, loss = side.step()
+                    # our ranks' losses are shares of the whole; TRL's is reduced already
+                    losses[name].append(sum(loss) if name == "ours" else loss[0])
+                    if step:
+                        seconds[name].append(took)
+                        rates[name].append(sum(tokens[step * num : (step + 1) * num]) / took)
+                print(step, {k: v[-1:] for k, v in seconds.items()},
+                      {k: v[-1] for k, v in losses.items()}, flush=True)  # fmt: skip
+        except Gone as gone:
+            found["ended"] = str(gone)
+        finally:
+            ours.close()
+            theirs.close()
+    if all(rates.values()):
+        found["tokens per second"] = {k: statistics.median(v) for k, v in rates.items()}
+        pairs = zip(rates["ours"], rates["trl"], strict=False)
+        found["ratio"] = statistics.median(a / b for a, b in pairs)
+        first = [losses[k][0] for k in ("ours", "trl")]
+        found["first loss, relative difference"] = abs(first[0] - first[1]) / abs(first[1])
+    return found | {"seconds": seconds, "losses": losses}
