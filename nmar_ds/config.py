@@ -127,6 +127,8 @@ class ModelSection(Section):
     """Type of weights and activations; the optimizer always keeps fp32 master weights."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward: less memory, a third more work."""
+    attention: Literal["auto", "segments", "fa_varlen", "torch_varlen", "flex", "masked"] = "auto"
+    """Kernel behind attention; `auto` takes the best that this machine has (docs/attention.md)."""
     pad_vocab_to_multiple_of: PositiveInt = 1
     """Embedding rows are rounded up to this when rows have to be added."""
     undo_init: UndoInitSection | None = None

@@ -16,6 +16,7 @@ does not rely on it.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -24,17 +25,24 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from nmar_ds.errors import ConfigError
+from nmar_ds.model.backends import OTHERS, Attend
 from nmar_ds.model.segments import Bucket, SegmentLayout
 
 __all__ = [
     "ATTENTION_NAME",
     "SegmentLayout",
+    "attention_name",
     "check_supported",
-    "check_window",
     "segment_attention",
 ]
 
-ATTENTION_NAME = "nmar_segments"
+
+def attention_name(backend: str) -> str:
+    """What transformers knows a backend by; with "flash" in it, it would be taken for its own."""
+    return f"nmar_{backend}"
+
+
+ATTENTION_NAME = attention_name("segments")
 
 # What transformers hands to every attention function and what changes nothing here.
 _HARMLESS_KWARGS = frozenset(
@@ -54,17 +62,15 @@ _DROPOUTS = (
 _LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
-def segment_attention(
+def segment_attention(  # noqa: PLR0917 (one signature for all backends)
     query_BhTd: Tensor,
     key_BkTd: Tensor,
     value_BkTd: Tensor,
     layout: SegmentLayout,
     scale: float,
+    window: int | None = None,
 ) -> Tensor:
-    """Causal attention inside each segment and nowhere else.
-
-    On a GPU the same bucketed SDPA runs for now; it has not yet been run there. A
-    variable-length kernel would take its place in this function.
+    """Causal attention inside each segment and nowhere else, by SDPA on bucketed segments.
 
     Args:
         query_BhTd: [B, h, T, d].
@@ -72,6 +78,7 @@ def segment_attention(
         value_BkTd: [B, k, T, d'].
         layout: segments of the B*T tokens.
         scale: factor on the scores.
+        window: a token sees itself and the window - 1 before it; None: all before it.
 
     Returns:
         [B, T, h, d'], zeros at padding.
@@ -92,7 +99,8 @@ def segment_attention(
             _pad(q, bucket).transpose(1, 2),
             _pad(k, bucket).transpose(1, 2),
             _pad(v, bucket).transpose(1, 2),
-            is_causal=True,
+            attn_mask=_band(bucket.padded_length, window, q.device),
+            is_causal=window is None or bucket.padded_length <= window,
             scale=scale,
             enable_gqa=grouped,
         )
@@ -100,6 +108,15 @@ def segment_attention(
         outputs.append(out if bucket.slots is None else out.index_select(0, bucket.slots))
     empty_Nhd = query_BhTd.new_zeros(B * T, h, value_BkTd.shape[-1])
     return empty_Nhd.index_copy(0, layout.order, torch.cat(outputs)).view(B, T, h, -1)
+
+
+def _band(length: int, window: int | None, device: torch.device) -> Tensor | None:
+    """bool[L, L]: the pairs a window lets through, None where it lets all of them."""
+    if window is None or length <= window:
+        return None
+    at_L = torch.arange(length, device=device)
+    distance_LL = at_L[:, None] - at_L
+    return (distance_LL >= 0) & (distance_LL < window)
 
 
 def _pad(tokens_Mhd: Tensor, bucket: Bucket) -> Tensor:
@@ -114,6 +131,7 @@ def _pad(tokens_Mhd: Tensor, bucket: Bucket) -> Tensor:
 
 
 def _forward(  # noqa: PLR0917 (transformers' signature)
+    attend: Attend,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -128,20 +146,19 @@ def _forward(  # noqa: PLR0917 (transformers' signature)
 ) -> tuple[Tensor, None]:
     """The signature transformers calls attention functions with; refuses what it would ignore."""
     if segment_layout is None:
-        raise ConfigError(f"attention {ATTENTION_NAME}: got no segment_layout, expected one")
+        raise ConfigError("attention: got no segment_layout, expected one")
     if attention_mask is not None:
-        raise ConfigError(f"attention {ATTENTION_NAME}: got an attention_mask, expected none")
+        raise ConfigError("attention: got an attention_mask, expected none")
     if dropout:
-        raise ConfigError(f"attention {ATTENTION_NAME}: dropout is {dropout}, expected 0")
+        raise ConfigError(f"attention: dropout is {dropout}, expected 0")
     if is_causal is False or getattr(module, "is_causal", True) is False:
-        raise ConfigError(f"attention {ATTENTION_NAME}: layer is not causal, expected causal")
+        raise ConfigError("attention: layer is not causal, expected causal")
     if key.shape[2] != query.shape[2]:
-        raise ConfigError(f"attention {ATTENTION_NAME}: keys come from a cache, expected none")
-    check_window(sliding_window, segment_layout.longest)
+        raise ConfigError("attention: keys come from a cache, expected none")
     for name, setting in kwargs.items():
         if name not in _HARMLESS_KWARGS and setting is not None and setting is not False:
             raise ConfigError(
-                f"attention {ATTENTION_NAME}: the model passes {name!r}, which this attention "
+                f"attention: the model passes {name!r}, which this attention "
                 "does not know, expected an architecture without it"
             )
     if segment_layout.num_tokens != query.shape[0] * query.shape[2]:
@@ -150,35 +167,20 @@ def _forward(  # noqa: PLR0917 (transformers' signature)
             f"{query.shape[0]} x {query.shape[2]}"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    return segment_attention(query, key, value, segment_layout, scale), None
+    return attend(query, key, value, segment_layout, scale, sliding_window), None
 
 
 def _no_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:
     """Stand in for transformers' mask builders: isolation comes from the layout."""
     if attention_mask is not None:
-        raise ConfigError(f"attention {ATTENTION_NAME}: got an attention_mask, expected none")
+        raise ConfigError("attention: got an attention_mask, expected none")
 
 
-def check_window(sliding_window: int | None, longest: int) -> None:
-    """Refuse traces that a sliding-window layer would not see whole.
-
-    Raises:
-        ConfigError: the longest trace exceeds the window.
-    """
-    if sliding_window is not None and longest > sliding_window:
-        raise ConfigError(
-            f"model.sliding_window: {sliding_window} is shorter than the longest trace "
-            f"({longest} tokens), expected traces of at most {sliding_window} tokens: sliding "
-            "windows are not supported yet"
-        )
-
-
-def check_supported(config: Any, *, longest: int | None = None) -> None:
+def check_supported(config: Any) -> None:
     """Refuse, before training, architectures whose result this package would change.
 
     Args:
         config: the model's transformers configuration.
-        longest: tokens of the longest trace, to compare with a sliding window; None skips that.
 
     Raises:
         ConfigError: names the setting, its value and what was expected.
@@ -205,15 +207,13 @@ def check_supported(config: Any, *, longest: int | None = None) -> None:
         raise ConfigError(
             f"model.layer_types: {layer_type!r}, expected full_attention or sliding_attention"
         )
-    windowed = "sliding_attention" in layer_types or not layer_types
-    if longest is not None and windowed and getattr(config, "use_sliding_window", True):
-        check_window(getattr(config, "sliding_window", None), longest)
 
 
 def register() -> None:
-    """Make `nmar_segments` known to transformers; harmless to repeat."""
-    AttentionInterface.register(ATTENTION_NAME, _forward)
-    AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
+    """Make every backend known to transformers under its name; harmless to repeat."""
+    for backend, attend in {"segments": segment_attention, **OTHERS}.items():
+        AttentionInterface.register(attention_name(backend), functools.partial(_forward, attend))
+        AttentionMaskInterface.register(attention_name(backend), _no_mask)
 
 
 register()

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from nmar_ds.data.loader import Batch
 from nmar_ds.errors import IsolationError
-from nmar_ds.model.attention import ATTENTION_NAME
 from nmar_ds.model.objective import role_sums, token_weights
 from nmar_ds.model.probe import Probe, other_ids, sampled_positions
 from nmar_ds.model.weighting import PLAIN, FloatArray, LossOptions
@@ -60,7 +59,7 @@ def run_canary(
     vocab_size: int,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
-    backend: str = ATTENTION_NAME,
+    backend: str = "segments",
     seed: int = 0,
 ) -> CanaryReport:
     """Check isolation and loss on one micro-batch, with `NUM_CALLS` forward calls.

@@ -5,12 +5,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 # The bucketing weighs padding against kernel launches, in units of one query-key pair.
 # Measured on a CPU core, forward + backward, 9 heads of 64: a pair 0.12 us, a token's copies
@@ -43,16 +47,35 @@ class SegmentLayout:
 
     Attributes:
         num_tokens: N of the flattened micro-batch, padding included.
-        longest: tokens of the longest segment that is attended to.
         order: int64[1..N] flat positions of all attended tokens, bucket after bucket. Padding is
             not among them: its attention output is zero.
         buckets: the kernel calls.
+        borders: int32[S+1], where each segment begins, padding's among them; N at the end.
+        longest: tokens of the longest segment, padding's among them.
     """
 
     num_tokens: int
-    longest: int
     order: Tensor
     buckets: tuple[Bucket, ...]
+    borders: Tensor
+    longest: int
+    _kept: dict[Hashable, Any] = field(default_factory=dict)
+
+    def kept(self, name: Hashable, make: Callable[[], T]) -> T:
+        """What a kernel needs of this layout, made for the first layer and kept for the others."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        found: T = self._kept[name]
+        return found
+
+    def segment_of_token(self) -> Tensor:
+        """int64[N] the number of each token's segment."""
+
+        def find() -> Tensor:
+            tokens_N = torch.arange(self.num_tokens, device=self.borders.device)
+            return torch.searchsorted(self.borders, tokens_N.int(), right=True)
+
+        return self.kept("segment_of_token", find)
 
     @classmethod
     def from_cu_seqlens(
@@ -69,8 +92,7 @@ class SegmentLayout:
                 strictly rising. A row's padding tail is a segment of its own.
             device: where the model runs.
             padding: bool[S], True for segments that hold padding only. They are left out of the
-                attention, which saves their cost and keeps a long tail from being mistaken for a
-                trace that exceeds a sliding window. None: attend to all.
+                buckets, which saves their cost. None: attend to all.
 
         Raises:
             ValueError: the borders do not start at 0 or do not rise.
@@ -79,6 +101,7 @@ class SegmentLayout:
         borders = borders.astype(np.int64)
         if borders.ndim != 1 or len(borders) < 2 or borders[0] != 0 or (np.diff(borders) < 1).any():
             raise ValueError(f"cu_seqlens must rise strictly from 0, got {borders.tolist()}")
+        longest = int(np.diff(borders).max())
         starts, lengths = borders[:-1], np.diff(borders)
         if padding is not None:
             kept = ~np.asarray(padding, dtype=bool)
@@ -99,9 +122,10 @@ class SegmentLayout:
         positions = np.concatenate(order)
         return cls(
             num_tokens=int(borders[-1]),
-            longest=int(lengths.max()),
             order=torch.from_numpy(positions).to(device),
             buckets=tuple(buckets),
+            borders=torch.from_numpy(borders.astype(np.int32)).to(device),
+            longest=longest,
         )
 
 

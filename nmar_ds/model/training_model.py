@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nmar_ds.errors import ConfigError
-from nmar_ds.model.attention import ATTENTION_NAME, SegmentLayout, check_supported
+from nmar_ds.model.attention import SegmentLayout, attention_name, check_supported
 from nmar_ds.model.objective import HeadLoss, role_sums, weighted_cross_entropy
 from nmar_ds.model.row_norms import row_norms
 from nmar_ds.model.weighting import PLAIN, LossOptions
@@ -44,21 +44,23 @@ class UndoTrainingModel(nn.Module):
     """Wraps a transformers causal language model for packed, role-weighted training.
 
     Args:
-        lm: the model. Its attention is switched to `nmar_segments` and its cache is switched off.
+        lm: the model. Its attention is switched to ours and its cache is switched off.
         chunk_size: rows per chunk of the loss; None chooses by memory.
         options: clip and unlikelihood of the objective.
+        backend: the kernel behind attention, of `backends.choose`.
 
     Raises:
         ConfigError: the architecture is not supported.
     """
 
     def __init__(
-        self, lm: Any, *, chunk_size: int | None = None, options: LossOptions = PLAIN
-    ) -> None:
+        self, lm: Any, *, chunk_size: int | None = None, options: LossOptions = PLAIN,
+        backend: str = "segments",
+    ) -> None:  # fmt: skip
         super().__init__()
         check_supported(lm.config)
-        lm.set_attn_implementation(ATTENTION_NAME)
-        if lm.config._attn_implementation != ATTENTION_NAME:
+        lm.set_attn_implementation(attention_name(backend))
+        if lm.config._attn_implementation != attention_name(backend):
             raise ConfigError(
                 f"model: {type(lm).__name__} does not take attention functions, expected an "
                 "architecture that uses transformers' AttentionInterface"

@@ -21,8 +21,7 @@ from nmar_ds.data.store import boundary_ids_of
 from nmar_ds.errors import (
     ConfigError,
 )
-from nmar_ds.model import row_norms
-from nmar_ds.model.attention import check_supported
+from nmar_ds.model import backends, row_norms
 from nmar_ds.model.canary import CanaryReport, run_canary
 from nmar_ds.model.loading import load_model, trainable_parameters
 from nmar_ds.model.training_model import UndoTrainingModel
@@ -66,18 +65,28 @@ def build_engine(
         peers=peers,
     )
     longest = max(int(store.lengths.max()) for store in (plan.store, plan.heldout))
-    check_supported(loaded.model.config, longest=longest)
     places = getattr(loaded.model.config, "max_position_embeddings", None)
     if places is not None and longest > places:
         raise ConfigError(
             f"model.max_position_embeddings: {places}, but the longest trace has {longest} tokens"
         )
-    model = UndoTrainingModel(loaded.model, options=config.objective.options)
+    backend = attention_backend(config)
+    model = UndoTrainingModel(loaded.model, options=config.objective.options, backend=backend)
     layers = sorted(loaded.model._no_split_modules or ()) if config.zero.gather_whole_layers else []
     offloaded = config.zero.offload_optimizer is not None
     optimizer = make_optimizer(model, config.optimizer, in_host_memory=offloaded)
     engine = Engine(model, settings, optimizer, whole_modules=layers)
     return engine, loaded.undo_row
+
+
+def attention_backend(config: RunConfig) -> str:
+    """The kernel behind attention on this machine.
+
+    Raises:
+        ConfigError: `model.attention` asks for one that cannot run here.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return backends.choose(config.model.attention, device, getattr(torch, config.model.dtype))
 
 
 def loader_of(part: str, config: RunConfig, plan: RunPlan, ranks: Ranks) -> RowLoader:
@@ -204,6 +213,7 @@ def check_start(
         vocab_size=plan.store.manifest["tokenizer"]["size"],
         dtype=getattr(torch, config.model.dtype),
         device=engine.device,
+        backend=attention_backend(config),
     )
 
 
@@ -218,6 +228,9 @@ def introduce(
         f"model     {num_weights:,} weights, {config.model.dtype}, ZeRO-3 on "
         f"{engine.world_size} ranks ({engine.device.type})"
     )
+    backend = attention_backend(config)
+    cost = f": {backends.COSTS[backend]}" if backend in backends.COSTS else ""
+    monitor.say(f"attention {backend}{cost}")
     if empty := _empty_rows(config, engine.world_size):
         monitor.say(
             f"empty     {empty} rows in every step: {config.training.global_batch_rows} do not "

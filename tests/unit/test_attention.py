@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 from tiny_models import FAMILIES, VOCAB, build
 
 from nmar_ds.errors import ConfigError
-from nmar_ds.model.attention import ATTENTION_NAME, check_supported, segment_attention
+from nmar_ds.model.attention import (
+    ATTENTION_NAME,
+    attention_name,
+    check_supported,
+    segment_attention,
+)
+from nmar_ds.model.backends import OTHERS, choose
 from nmar_ds.model.segments import _PAIRS_PER_LAUNCH, _PAIRS_PER_TOKEN, SegmentLayout, _partition
 from nmar_ds.model.training_model import UndoTrainingModel
 
@@ -34,7 +40,7 @@ def _qkv(num_rows, length, heads, groups, width, dtype=torch.float64, *, seed=0)
     ]
 
 
-def _naive(q, k, v, borders, scale):
+def _naive(q, k, v, borders, scale, window=None):  # noqa: PLR0917
     """Every segment by itself, with written-out softmax."""
     flat = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
     repeat = q.shape[1] // k.shape[1]
@@ -44,7 +50,8 @@ def _naive(q, k, v, borders, scale):
         qs, ks, vs = (x[start:end].transpose(0, 1) for x in flat)
         ks, vs = (x.repeat_interleave(repeat, dim=0) for x in (ks, vs))
         scores = qs @ ks.transpose(1, 2) * scale
-        future = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
+        every = torch.ones(end - start, end - start, dtype=torch.bool)
+        future = every.triu(1) | every.tril(-(window or len(every)))
         pieces.append((scores.masked_fill(future, -torch.inf).softmax(-1) @ vs).transpose(0, 1))
     out = torch.cat(pieces)
     return out.view(q.shape[0], q.shape[2], *out.shape[1:])
@@ -66,6 +73,107 @@ def test_equals_naive_attention_per_segment(lengths, groups, seed):
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+HERE = {"segments": segment_attention, **{name: OTHERS[name] for name in ("flex", "masked")}}
+
+
+@pytest.mark.parametrize("backend", HERE)
+@settings(max_examples=8, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=2, max_size=6),
+    groups=st.sampled_from([1, 4]),
+    window=st.sampled_from([None, 1, 5, 30]),
+)
+def test_every_backend_equals_naive_attention(backend, lengths, groups, window):
+    """Forward and backward, in two rows, whatever the window."""
+    total = sum(lengths)
+    borders = np.concatenate([_borders(lengths), total + _borders(lengths[::-1])[1:]])
+    q, k, v = _qkv(2, total, 4, groups, 8, torch.float32)
+    layout = SegmentLayout.from_cu_seqlens(borders)
+    if backend == "flex":  # it has no backward on a CPU
+        q, k, v = (x.detach() for x in (q, k, v))
+    ours = HERE[backend](q, k, v, layout, 0.3, window)
+    naive = _naive(q, k, v, borders, 0.3, window)
+    torch.testing.assert_close(ours, naive, rtol=2e-5, atol=2e-5)
+    for other in (7, window):  # other layers of the same layout
+        again = HERE[backend](q, k, v, layout, 0.3, other)
+        expected = _naive(q, k, v, borders, 0.3, other)
+        torch.testing.assert_close(again, expected, rtol=2e-5, atol=2e-5)
+    if backend == "flex":
+        return
+    upstream = torch.randn_like(naive)
+    for a, b in zip(
+        torch.autograd.grad(ours, (q, k, v), upstream),
+        torch.autograd.grad(naive, (q, k, v), upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("backend", ["fa_varlen", "torch_varlen"])
+@pytest.mark.parametrize("window", [None, 3])
+def test_what_gpu_kernels_are_told(backend, window, monkeypatch):
+    """Stand-ins that compute what the kernels' documentation says of the arguments they get.
+
+    This shows that borders, window, scale and heads are passed on rightly, not that the kernels
+    run: for that a GPU is needed.
+    """
+    import sys
+    import types
+
+    def kernel(q, k, v, borders, scale, left):  # noqa: PLR0917
+        shaped = [x.transpose(0, 1)[None] for x in (q, k, v)]
+        seen = None if left == -1 else left + 1
+        return _naive(*shaped, borders.tolist(), scale, seen)[0]
+
+    def flash_attn_varlen_func(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                               softmax_scale, causal, window_size):  # fmt: skip
+        assert causal and torch.equal(cu_seqlens_q, cu_seqlens_k)
+        assert cu_seqlens_q.dtype == torch.int32
+        assert max_seqlen_q == max_seqlen_k == int(cu_seqlens_q.diff().max())
+        assert window_size[1] == (-1 if window is None else 0)
+        return kernel(q, k, v, cu_seqlens_q, softmax_scale, window_size[0])
+
+    def varlen_attn(  # noqa: PLR0917
+        q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa
+    ):
+        assert window_size[1] == 0 and enable_gqa and max_q == int(cu_seq_q.diff().max())
+        assert torch.equal(cu_seq_q, cu_seq_k) and cu_seq_q.dtype == torch.int32
+        return kernel(q, k, v, cu_seq_q, scale, window_size[0])
+
+    fake = types.ModuleType("flash_attn")
+    fake.flash_attn_varlen_func = flash_attn_varlen_func
+    monkeypatch.setitem(sys.modules, "flash_attn", fake)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    borders = np.array([0, 5, 20, 31, 40])
+    q, k, v = _qkv(2, 20, 4, 2, 8)
+    padding = np.array([False, False, False, True])
+    layout = SegmentLayout.from_cu_seqlens(borders, padding=padding)
+    ours = OTHERS[backend](q, k, v, layout, 0.4, window)
+    torch.testing.assert_close(ours, _naive(q, k, v, borders, 0.4, window))
+
+
+def test_the_backend_is_chosen_by_hardware(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert choose("auto", cpu, torch.bfloat16) == "segments"
+    assert choose("masked", cpu, torch.float32) == "masked"
+    with pytest.raises(ConfigError, match=r"'fa_varlen' does not run on cpu, expected auto or"):
+        choose("fa_varlen", cpu, torch.bfloat16)
+    assert choose("auto", gpu, torch.bfloat16) == "torch_varlen"  # flash_attn is not here
+    assert choose("auto", gpu, torch.float32) == "flex"
+    with pytest.raises(ConfigError, match="'fa_varlen' needs the package flash_attn; auto takes"):
+        choose("fa_varlen", gpu, torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"'torch_varlen' needs model\.dtype bfloat16"):
+        choose("torch_varlen", gpu, torch.float32)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert choose("auto", gpu, torch.bfloat16) == "fa_varlen"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (7, 5))
+    assert choose("auto", gpu, torch.bfloat16) == "flex"
+    with pytest.raises(ConfigError, match="a GPU of compute capability 8"):
+        choose("torch_varlen", gpu, torch.bfloat16)
 
 
 def test_segments_of_several_rows_and_padding():
@@ -149,7 +257,7 @@ def test_one_long_trace_does_not_pad_the_short_ones():
 def test_padding_only_micro_batch_keeps_one_token():
     layout = SegmentLayout.from_cu_seqlens(np.array([0, 500]), padding=np.array([True]))
     assert layout.order.tolist() == [0]
-    assert layout.longest == 1
+    assert layout.longest == 500
     q, k, v = _qkv(1, 500, 2, 2, 4)
     segment_attention(q, k, v, layout, 1.0).sum().backward()
     assert q.grad is not None and k.grad is not None and v.grad is not None
@@ -220,30 +328,18 @@ def test_keys_from_a_cache_are_refused():
         _call(model, segment_layout=_segments(12), use_cache=True, past_key_values=cache)
 
 
-def test_sliding_window_counts_traces_and_not_padding():
-    model = build("mistral", sliding_window=6, attention=ATTENTION_NAME)
-    stock = build("mistral", sliding_window=6, attention="eager")
-    ours = _call(model, segment_layout=_segments(6, 6)).logits
-    expected = stock(input_ids=torch.arange(6)[None], use_cache=False).logits
-    torch.testing.assert_close(ours[:, :6], expected, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ConfigError, match=r"sliding_window: 6 is shorter than .*\(7 tokens\)"):
-        _call(model, segment_layout=_segments(5, 7))
-    padding = np.array([False, True])
-    _call(model, segment_layout=_segments(5, 7, padding=padding))
-
-
-def test_sliding_window_before_training():
-    config = transformers.MistralConfig(sliding_window=64)
-    check_supported(config, longest=64)
-    with pytest.raises(ConfigError, match=r"\(65 tokens\)"):
-        check_supported(config, longest=65)
-    # Qwen2 carries a window it does not use
-    check_supported(transformers.Qwen2Config(sliding_window=64), longest=65)
-    windowed = transformers.Qwen2Config(
-        sliding_window=64, use_sliding_window=True, max_window_layers=0
-    )
-    with pytest.raises(ConfigError, match="sliding_window"):
-        check_supported(windowed, longest=65)
+@pytest.mark.parametrize("backend", ["segments", "flex", "masked"])
+@pytest.mark.parametrize("window", [1, 4, 6, 12])
+def test_sliding_windows_are_those_of_the_model(backend, window):
+    """Against the stock model on each trace alone."""
+    model = build("mistral", sliding_window=window, attention=attention_name(backend))
+    stock = build("mistral", sliding_window=window, attention="eager")
+    with torch.no_grad():
+        ours = _call(model, segment_layout=_segments(5, 7)).logits
+    ids = torch.arange(12)[None]
+    for start, end in ((0, 5), (5, 12)):
+        alone = stock(input_ids=ids[:, start:end], position_ids=ids[:, start:end], use_cache=False)
+        torch.testing.assert_close(ours[:, start:end], alone.logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -274,7 +370,7 @@ def test_unsupported_architectures_are_refused_by_name(config, name):
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_supported_families_pass(family):
     config_class, own = FAMILIES[family]
-    check_supported(config_class(**own), longest=100)
+    check_supported(config_class(**own))
 
 
 def test_unknown_keywords_of_a_layer_are_refused():

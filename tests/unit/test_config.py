@@ -54,6 +54,7 @@ FULL: dict[str, Any] = {
         "config": None,
         "dtype": "float32",
         "activation_checkpointing": True,
+        "attention": "masked",
         "pad_vocab_to_multiple_of": 8,
         "undo_init": {
             "method": "copy",
