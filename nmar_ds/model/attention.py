@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from nmar_ds.errors import ConfigError
-from nmar_ds.model.backends import OTHERS, Attend
+from nmar_ds.model.backends import OTHERS
 from nmar_ds.model.segments import Bucket, SegmentLayout
 
 __all__ = [
@@ -59,7 +59,6 @@ _DROPOUTS = (
     "embedding_dropout",
     "dropout",
 )
-_LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 def segment_attention(  # noqa: PLR0917 (one signature for all backends)
@@ -131,7 +130,7 @@ def _pad(tokens_Mhd: Tensor, bucket: Bucket) -> Tensor:
 
 
 def _forward(  # noqa: PLR0917 (transformers' signature)
-    attend: Attend,
+    backend: str,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -167,6 +166,7 @@ def _forward(  # noqa: PLR0917 (transformers' signature)
             f"{query.shape[0]} x {query.shape[2]}"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    attend = segment_attention if backend == "segments" else OTHERS[backend]
     return attend(query, key, value, segment_layout, scale, sliding_window), None
 
 
@@ -196,12 +196,6 @@ def check_supported(config: Any) -> None:
             f"model.attn_logit_softcapping: {config.attn_logit_softcapping}, expected none: "
             "attention soft-caps are not supported yet"
         )
-    for name in _LOGIT_CHANGES:
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise ConfigError(
-                f"model.{name}: {getattr(config, name)}, expected none: the chunked loss does not "
-                "apply it yet"
-            )
     layer_types = getattr(config, "layer_types", None) or ()
     for layer_type in sorted(set(layer_types) - {"full_attention", "sliding_attention"}):
         raise ConfigError(
@@ -211,8 +205,8 @@ def check_supported(config: Any) -> None:
 
 def register() -> None:
     """Make every backend known to transformers under its name; harmless to repeat."""
-    for backend, attend in {"segments": segment_attention, **OTHERS}.items():
-        AttentionInterface.register(attention_name(backend), functools.partial(_forward, attend))
+    for backend in ("segments", *OTHERS):
+        AttentionInterface.register(attention_name(backend), functools.partial(_forward, backend))
         AttentionMaskInterface.register(attention_name(backend), _no_mask)
 
 

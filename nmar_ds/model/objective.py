@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nmar_ds.errors import VocabularyError
+from nmar_ds.model.logits import AS_THEY_ARE, LogitMap
 from nmar_ds.model.weighting import CHUNK_BYTES, FloatArray, denominator, role_weights  # noqa: F401
 from nmar_ds.traces.schema import NUM_ROLES
 
@@ -79,6 +80,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         weights_N: Tensor,
         penalties_N: Tensor | None,
         nll_clip: float | None,
+        logit_map: LogitMap,
         chunk_size: int,
         want_grads: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,6 +106,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 narrow_CV += bias_V
             if narrow_CV is not logits_CV:
                 logits_CV.copy_(narrow_CV)
+            slope_CV = logit_map.apply_(logits_CV)
             push = None
             if penalties_N is not None:
                 push = _Push.away(logits_CV, targets_C1, penalties_N[rows])
@@ -126,9 +129,11 @@ class LinearCrossEntropy(torch.autograd.Function):
             if _may_hold(dead_C1):
                 grad_CV.masked_fill_(dead_C1, 0)
                 hidden_CH = hidden_CH.masked_fill(dead_C1, 0)
+            if slope_CV is not None:
+                grad_CV.mul_(slope_CV)
             if grad_CV.dtype != narrow_CV.dtype:
                 grad_CV = narrow_CV.copy_(grad_CV)
-            grads.add(rows, grad_CV, hidden_CH, weight_VH, pulls_C1)
+            grads.add(rows, grad_CV, hidden_CH, weight_VH, pulls_C1 * logit_map.scale)
         loss_sum = _loss_sum(nll_N, unlikelihood_N, weights_N, penalties_N, nll_clip)
         # saved the regular way, so that the backward frees them
         ctx.save_for_backward(grads.hidden_NH, grads.weight_VH, grads.bias_V)
@@ -151,7 +156,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 factor = grad_loss.to(grad.dtype)
                 grad = (grad * factor if kept else grad.mul_(factor)).to(dtype)  # noqa: PLW2901
             scaled.append(grad)
-        return (*scaled, *[None] * 6)
+        return (*scaled, *[None] * 7)
 
 
 def _softmax_(logits_CV: Tensor, targets_C1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -336,6 +341,7 @@ def weighted_cross_entropy(
     *,
     penalties_N: Tensor | None = None,
     nll_clip: float | None = None,
+    logit_map: LogitMap = AS_THEY_ARE,
     chunk_size: int | None = None,
 ) -> HeadLoss:
     """Sum over rows of w_n * nll_n + u_n * -log(1 - p_n), with nll_n = -log p_n of the target.
@@ -349,6 +355,7 @@ def weighted_cross_entropy(
         penalties_N: float[N], u_n; None where there are none.
         nll_clip: rows of negative weight count with min(nll, nll_clip), and give exactly no
             gradient beyond it.
+        logit_map: what the model does to its logits after the head.
         chunk_size: rows whose logits are held at a time; None chooses by memory.
 
     Raises:
@@ -368,6 +375,7 @@ def weighted_cross_entropy(
         weights_N,
         penalties_N,
         nll_clip,
+        logit_map,
         chunk_size,
         torch.is_grad_enabled(),
     )

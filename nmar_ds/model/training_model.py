@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nmar_ds.errors import ConfigError
 from nmar_ds.model.attention import SegmentLayout, attention_name, check_supported
+from nmar_ds.model.logits import LogitMap
 from nmar_ds.model.objective import HeadLoss, role_sums, weighted_cross_entropy
 from nmar_ds.model.row_norms import row_norms
 from nmar_ds.model.weighting import PLAIN, LossOptions
@@ -69,6 +70,7 @@ class UndoTrainingModel(nn.Module):
         self.lm = lm
         self.chunk_size = chunk_size
         self.options = options
+        self.logit_map = LogitMap.of_config(lm.config)
 
     def forward(  # noqa: PLR0917 (the batch)
         self,
@@ -136,7 +138,8 @@ class UndoTrainingModel(nn.Module):
         weight_VH = head.weight
         bias_V = getattr(head, "bias", None)
         if mode == "logits":
-            return _at_least_float(F.linear(hidden_NH[positions_M], weight_VH, bias_V))
+            logits_MV = F.linear(hidden_NH[positions_M], weight_VH, bias_V)
+            return self.logit_map(_at_least_float(logits_MV))
         if mode == "nll":
             assert targets_N is not None and roles_N is not None
             return self._response_nll(hidden_NH, weight_VH, bias_V, targets_N, roles_N)
@@ -158,6 +161,7 @@ class UndoTrainingModel(nn.Module):
                 weights_M,
                 penalties_N=None if penalties_N is None else penalties_N[rows_M],
                 nll_clip=self.options.nll_clip,
+                logit_map=self.logit_map,
                 chunk_size=self.chunk_size,
             )
 
@@ -203,6 +207,7 @@ class UndoTrainingModel(nn.Module):
             bias_V,
             targets_N[rows_M],
             torch.ones_like(rows_M, dtype=torch.float32),
+            logit_map=self.logit_map,
             chunk_size=self.chunk_size,
         )
         return nll_M.new_zeros(len(targets_N)).index_copy(0, rows_M, nll_M)

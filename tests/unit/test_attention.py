@@ -346,12 +346,6 @@ def test_sliding_windows_are_those_of_the_model(backend, window):
     ("config", "name"),
     [
         (transformers.Gemma2Config(), "attn_logit_softcapping: 50.0"),
-        (
-            transformers.Gemma2Config(attn_logit_softcapping=None),
-            "final_logit_softcapping: 30.0",
-        ),
-        (transformers.GraniteConfig(logits_scaling=8.0), "logits_scaling: 8.0"),
-        (transformers.CohereConfig(), "logit_scale: 0.0625"),
         (transformers.LlamaConfig(attention_dropout=0.1), "attention_dropout: 0.1"),
         (transformers.PhiConfig(resid_pdrop=0.2), "resid_pdrop: 0.2"),
         (transformers.T5Config(), "not a causal decoder"),

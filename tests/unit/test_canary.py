@@ -236,7 +236,7 @@ def test_leaks_are_caught(family, attention):
     message = str(caught.value)
     assert "\n" not in message
     assert re.search(
-        r"^canary: attention nmar_segments on cpu in torch.float32: trace \d of 6 \(row \d, token "
+        r"^canary: attention segments on cpu in torch.float32: trace \d of 6 \(row \d, token "
         r"\d+ on\): change of its logits with its neighbours: [\d.e-]+, expected <= 0",
         message,
     )

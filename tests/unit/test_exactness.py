@@ -80,6 +80,22 @@ def test_packed_equals_one_by_one(family, tied, dtype, exact, bound):
     assert gap(ours_gradients, expected) <= bound
 
 
+@pytest.mark.parametrize(
+    ("family", "tied"), [("granite", False), ("cohere", True), ("gemma2", True)]
+)
+def test_models_that_change_their_logits(family, tied):
+    """A factor, or a soft cap and sliding windows, as transformers' own forward has them."""
+    traces = Traces(LENGTHS)
+    ours, ours_gradients = _ours(family, tied, torch.float32, MSFT, traces=traces)
+    loss, sums, expected = _alone(
+        family, tied, torch.float32, MSFT, traces=traces, attention="eager"
+    )
+    assert ours.loss_sum.item() == pytest.approx(loss.item(), rel=1e-5)
+    for role in (1, 3, 4):
+        assert float(ours.role_sums[role]) == pytest.approx(sums[role].item(), rel=1e-5)
+    assert gap(ours_gradients, expected) <= 1e-5
+
+
 @pytest.mark.parametrize(("family", "tied"), [("llama", False), ("gemma", True)])
 def test_packed_equals_padded(family, tied):
     traces = Traces(LENGTHS)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nmar_ds.errors import ConfigError, VocabularyError
+from nmar_ds.model.logits import LogitMap
 from nmar_ds.model.objective import (
     default_chunk_size,
     role_sums,
@@ -65,6 +66,43 @@ def test_loss_and_gradients_equal_naive(num_rows, chunk_size, zero_rows, bias, s
     naive = torch.autograd.grad(expected * 0.37, wanted)
     for a, b in zip(ours, naive, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("logit_map", [LogitMap(0.3), LogitMap(2.5, 4.0), LogitMap(cap=1.5)])
+@pytest.mark.parametrize("chunk_size", [3, 100])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("push", [False, True])
+def test_factors_and_soft_caps(logit_map, chunk_size, dtype, push):
+    """Against autograd through the same map, clipped and penalised rows among them."""
+    hidden, weight, bias, targets, weights = _problem(20, dtype, zero_rows=0.3)
+    weights[::4] = -0.5
+    penalties = torch.where(torch.arange(20) % 3 == 0, 0.7, 0.0) if push else None
+    loss, nll, _ = weighted_cross_entropy(
+        hidden, weight, bias, targets, weights, penalties_N=penalties, nll_clip=3.0,
+        logit_map=logit_map, chunk_size=chunk_size,
+    )  # fmt: skip
+    z = (hidden.double() @ weight.double().t() + bias.double()) * logit_map.scale
+    if logit_map.cap is not None:
+        z = logit_map.cap * torch.tanh(z / logit_map.cap)
+    torch.testing.assert_close(
+        logit_map(hidden @ weight.t() + bias).double(), z, rtol=1e-5, atol=1e-5
+    )
+    expected_nll = -z.log_softmax(-1)[torch.arange(20), targets]
+    counted = torch.where(weights < 0, expected_nll.clamp(max=3.0), expected_nll)
+    expected = (weights.double() * counted).sum()
+    if penalties is not None:
+        expected = expected - (penalties.double() * torch.log1p(-torch.exp(-expected_nll))).sum()
+    bound = (
+        {"rtol": 1e-10, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 2e-4, "atol": 2e-4}
+    )
+    torch.testing.assert_close(nll.double(), expected_nll.detach(), **bound)
+    torch.testing.assert_close(loss.double(), expected, **bound)
+    for a, b in zip(
+        torch.autograd.grad(loss, (hidden, weight, bias)),
+        torch.autograd.grad(expected, (hidden, weight, bias)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, **bound)
 
 
 def test_gradcheck():

@@ -36,6 +36,19 @@ FAMILIES = {
     "qwen3": (transformers.Qwen3Config, dict(num_key_value_heads=2, head_dim=16)),
     "mistral": (transformers.MistralConfig, dict(num_key_value_heads=1, sliding_window=128)),
     "gemma": (transformers.GemmaConfig, dict(num_key_value_heads=1, head_dim=16)),
+    "granite": (transformers.GraniteConfig, dict(num_key_value_heads=2, logits_scaling=4.0)),
+    "cohere": (transformers.CohereConfig, dict(num_key_value_heads=2, logit_scale=0.25)),
+    "gemma2": (
+        transformers.Gemma2Config,
+        dict(
+            num_key_value_heads=2,
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            sliding_window=6,
+            attn_logit_softcapping=None,
+            final_logit_softcapping=2.0,
+        ),
+    ),
     "phi": (transformers.PhiConfig, dict(num_key_value_heads=4)),
 }
 
