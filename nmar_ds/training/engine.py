@@ -92,8 +92,9 @@ def start_process_group(
         device = torch.device("cpu")
         backend = "gloo"
         choose_interface(os.environ, ranks)
-        # This op is compiled with g++ at every first start and serves inference only.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Compiled with g++ at every first start, and serves inference only. The whole table is put
+        # in its place: reading it makes DeepSpeed probe every extension, with compilers.
+        vars(deepspeed.ops)["__compatible_ops__"] = {"deepspeed_shm_comm": False}
     store = meet(ranks, os.environ, timeout_seconds=timeout_seconds)
     try:
         deepspeed.init_distributed(

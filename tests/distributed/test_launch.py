@@ -91,13 +91,28 @@ def run_python(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[st
     return result
 
 
-def launch(folder: Path, *overrides: str, num_ranks: int = 2) -> subprocess.Popen[str]:
+COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "nvcc", "hipcc", "ninja")
+
+
+def with_traps(folder: Path) -> dict[str, str]:
+    """The environment, with compilers that only say that they were called."""
+    traps = folder / "traps"
+    traps.mkdir()
+    for name in COMPILERS:
+        (traps / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {folder}/compiled\nexit 1\n')
+        (traps / name).chmod(0o755)
+    return {**environment(), "PATH": f"{traps}{os.pathsep}{os.environ['PATH']}"}
+
+
+def launch(
+    folder: Path, *overrides: str, num_ranks: int = 2, env: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
     command = [
         DEEPSPEED, "--num_gpus", str(num_ranks), "--master_port", str(free_port()),
         "launcher/train.py", "--config", str(folder / "config.yaml"), *overrides,
     ]  # fmt: skip
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment(), text=True, start_new_session=True,
+        command, cwd=ROOT, env=env or environment(), text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
@@ -129,11 +144,21 @@ def losses(output: str) -> dict[int, str]:
 @pytest.fixture(scope="module")
 def whole(prepared: Path) -> tuple[Path, str]:
     """An uninterrupted run."""
-    process = launch(prepared, f"output={prepared / 'whole'}", "training.world_size=2")
+    process = launch(
+        prepared, f"output={prepared / 'whole'}", "training.world_size=2", env=with_traps(prepared)
+    )
     output = finish(process)
     assert process.returncode == 0, output
     assert re.search(r"canary    \d\d checks passed", output), output
     return prepared / "whole", output
+
+
+def test_no_compiler_runs(whole: tuple[Path, str], prepared: Path) -> None:
+    """DeepSpeed probes and builds its extensions by compilers, at each start, if it is let."""
+    called = prepared / "compiled"
+    assert not called.exists(), called.read_text()
+    assert subprocess.run([prepared / "traps" / "cc"], check=False).returncode == 1
+    assert called.read_text().startswith("cc"), "the trap itself"
 
 
 def rank_pids(parent: int) -> list[int]:
