@@ -6,6 +6,7 @@ python launcher/generate.py --model exported/ --prompt "2 + 2 ="
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -36,10 +37,38 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus mass")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--begun", default="", metavar="TEXT", help="beginning of the response; it may be undone"
+    )
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="ends the response; repeatable"
+    )
+    parser.add_argument("--max-undos", type=int, default=256, metavar="N", help="in all")
+    parser.add_argument(
+        "--max-consecutive-undos", type=int, default=64, metavar="N", help="in a row"
+    )
+    parser.add_argument(
+        "--max-revisits", type=int, metavar="N",
+        help="ban the undo once the response came back to what it had undone more often",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tabu", action="store_true", help="never write at the same place what was taken back"
+    )
+    parser.add_argument(
+        "--stream", action="store_true",
+        help="show the response as it comes: on a terminal in place, elsewhere as JSON lines",
+    )  # fmt: skip
+    parser.add_argument(
+        "--delay", type=float, default=0.0, metavar="S", help="seconds a token stays, with --stream"
+    )
     parser.add_argument("--show", choices=["raw", "reduced", "both"], default="both")
     options = parser.parse_args(argv)
     if options.seed < 0:
         parser.error("--seed must not be negative")
+    if options.delay and not (options.stream and 0 < options.delay < 60):
+        parser.error("--delay: expected seconds up to 60, with --stream")
+    if "" in options.stop:
+        parser.error("--stop must not be empty")
     return options
 
 
@@ -57,6 +86,7 @@ def run(options: argparse.Namespace) -> None:
     text, chat = read_prompt(options), chat_of(settings, tokenizer)
 
     from nmar_ds.inference.generation import generate, show
+    from nmar_ds.inference.streaming import shown
 
     generated = generate(
         load_model(options.model),
@@ -64,14 +94,22 @@ def run(options: argparse.Namespace) -> None:
         settings,
         text,
         chat=chat,
+        begun=options.begun,
+        stop_texts=options.stop,
+        stream=functools.partial(shown, delay=options.delay) if options.stream else None,
         max_new_tokens=options.max_new_tokens,
+        max_undos=options.max_undos,
+        max_consecutive_undos=options.max_consecutive_undos,
+        max_revisits=options.max_revisits,
+        tabu=options.tabu,
         undo_mode=options.undo,
         undo_bias=options.undo_bias,
         temperature=options.temperature,
         top_p=options.top_p,
         seed=options.seed,
     )
-    show(generated, options.show)
+    if not options.stream:
+        show(generated, options.show)
 
 
 def read_prompt(options: argparse.Namespace) -> str:

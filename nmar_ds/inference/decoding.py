@@ -17,7 +17,7 @@ has finished.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,11 +28,14 @@ from transformers import DynamicCache
 
 from nmar_ds.errors import ConfigError, VocabularyError
 from nmar_ds.inference.sampling import sample, uniform_draws
+from nmar_ds.inference.stack import Event, Stack
 from nmar_ds.traces.reduction import Machine, walk
 from nmar_ds.traces.schema import IdArray
 
 UndoMode = Literal["allow", "ban"]
-StopReason = Literal["eos", "length"]
+StopReason = Literal["eos", "stop", "length"]
+OnEvent = Callable[[int, Event], None]
+ShouldStop = Callable[[Sequence[int]], bool]
 
 COMPACT_SHARE = 0.25  # finished share of a batch at which the finished rows are dropped
 
@@ -49,7 +52,10 @@ class Decoded:
         num_undos: undos the model emitted.
         num_strays: undos (forced ones too) that found the stack at its base.
         undo_limited: an undo limit was reached, and `<UNDO>` was banned from there on.
-        stop_reason: "eos", or "length" when `max_new_tokens` were emitted without a stop token.
+        loop_limited: the response came back to what it had undone too often, and `<UNDO>` was
+            banned from there on.
+        stop_reason: "eos"; "stop" where `should_stop` said so; or "length" when `max_new_tokens`
+            were emitted without either.
     """
 
     raw_ids: IdArray
@@ -58,6 +64,7 @@ class Decoded:
     num_undos: int
     num_strays: int
     undo_limited: bool
+    loop_limited: bool
     stop_reason: StopReason
 
     @property
@@ -81,6 +88,21 @@ class _Rules:
     top_p: float
     seed: int
     banned_ids: tuple[int, ...]
+    machine: Machine
+    tabu: bool
+    max_revisits: int | None
+    on_event: OnEvent | None
+    should_stop: ShouldStop | None
+
+    @property
+    def watched(self) -> bool:
+        """Whether anything asks for the stack while it is decoded; else it is left to the end."""
+        return (
+            self.tabu
+            or self.max_revisits is not None
+            or self.on_event is not None
+            or self.should_stop is not None
+        )
 
 
 def decode(
@@ -102,6 +124,10 @@ def decode(
     batch_size: int = 128,
     banned_ids: Sequence[int] = (),
     numbers: Sequence[int] | None = None,
+    tabu: bool = False,
+    max_revisits: int | None = None,
+    on_event: OnEvent | None = None,
+    should_stop: ShouldStop | None = None,
 ) -> list[Decoded]:
     """Decode every prompt; a result does not depend on its neighbours in the batch.
 
@@ -124,6 +150,14 @@ def decode(
         batch_size: sequences decoded side by side.
         banned_ids: never emitted.
         numbers: with the seed they fix the draws of each sequence; by default its index.
+        tabu: a token that was taken back is not written at the same place again, after just the
+            same content; otherwise a model may repeat the error it has undone.
+        max_revisits: how often writing may lead back to a content that an undo had left; after
+            one more `<UNDO>` is banned for that sequence, which ends any loop.
+        on_event: called with the index of a prompt and what happened to its response, token by
+            token, as it happens; forced ids make no events.
+        should_stop: called with what is left of a response after each token that it wrote; True
+            ends it there.
 
     Returns:
         One `Decoded` per prompt, in the order of `prompts`.
@@ -146,6 +180,11 @@ def decode(
         top_p=top_p,
         seed=seed,
         banned_ids=tuple(banned_ids),
+        machine=machine,
+        tabu=tabu,
+        max_revisits=max_revisits,
+        on_event=on_event,
+        should_stop=should_stop,
     )
     starts = [np.empty(0, np.int32)] * len(prompts) if forced is None else list(forced)
     assert len(starts) == len(prompts), "one forced array per prompt"
@@ -159,8 +198,14 @@ def decode(
     for first in range(0, len(order), batch_size):
         chosen = order[first : first + batch_size]
         drawn_by = chosen if numbers is None else [numbers[index] for index in chosen]
-        batch = _Batch(model, [contexts[index] for index in chosen], drawn_by, rules)
-        for index, (emitted, num_undos, limited) in zip(chosen, batch.run(), strict=True):
+        watch = None
+        if rules.watched:
+            watch = _Watch(rules, chosen, [starts[index].tolist() for index in chosen])
+        batch = _Batch(model, [contexts[index] for index in chosen], drawn_by, rules, watch)
+        for row, (emitted, num_undos, limited) in enumerate(batch.run()):
+            index = chosen[row]
+            looped = watch is not None and row in watch.looped
+            ended = watch is not None and row in watch.stopped
             raw = np.concatenate([starts[index], emitted]).astype(np.int32)
             stopped = len(emitted) > 0 and int(emitted[-1]) == eos_id
             carried = walk(raw, machine)
@@ -170,20 +215,57 @@ def decode(
                 reduced_ids=raw[carried.kept],
                 num_undos=num_undos,
                 num_strays=carried.num_strays,
-                undo_limited=limited and undo_mode != "ban",
-                stop_reason="eos" if stopped else "length",
+                undo_limited=limited and not looped and undo_mode != "ban",
+                loop_limited=looped,
+                stop_reason="eos" if stopped else "stop" if ended else "length",
             )
     return [result for result in results if result is not None]
+
+
+class _Watch:
+    """The stacks of a batch's responses while they are decoded, for guards and streams.
+
+    Costs a wait for the device and a little Python a token, so it is there only where asked for.
+
+    Attributes:
+        looped, stopped: rows whose undos were banned for looping, and rows that were ended.
+    """
+
+    def __init__(self, rules: _Rules, indices: Sequence[int], starts: list[list[int]]) -> None:
+        self._rules, self._indices = rules, indices
+        self._stacks = [Stack(rules.machine, start) for start in starts]
+        self._revisits = [stack.num_revisits for stack in self._stacks]  # of what was forced
+        self.looped: set[int] = set()
+        self.stopped: set[int] = set()
+
+    def write(self, row: int, token: int) -> None:
+        """Carry out a token of a row."""
+        rules, stack = self._rules, self._stacks[row]
+        event = stack.write(token)
+        if rules.on_event is not None:
+            rules.on_event(self._indices[row], event)
+        if rules.max_revisits is not None:
+            if stack.num_revisits - self._revisits[row] > rules.max_revisits:
+                self.looped.add(row)
+        if rules.should_stop is not None and token != rules.undo_id:
+            if rules.should_stop(stack.ids):
+                self.stopped.add(row)
+
+    def tabu(self, row: int) -> list[int]:
+        """Tokens that a row may not write next."""
+        return sorted(self._stacks[row].taken_back) if self._rules.tabu else []
 
 
 class _Batch:
     """The state of one batch; rows that have finished are dropped now and then."""
 
     def __init__(
-        self, model: Any, contexts: list[npt.NDArray[np.int64]], indices: list[int], rules: _Rules
-    ) -> None:
+        self, model: Any, contexts: list[npt.NDArray[np.int64]], indices: list[int], rules: _Rules,
+        watch: _Watch | None,
+    ) -> None:  # fmt: skip
         self.model = model
         self.rules = rules
+        self.watch = watch
         num_rows, longest = len(contexts), max(len(context) for context in contexts)
         device = next(model.parameters()).device
         ids_BT = np.full((num_rows, longest), rules.pad_id, np.int64)
@@ -248,6 +330,9 @@ class _Batch:
             logits_BV[:, undo_id] = logits_BV[:, undo_id].masked_fill(self.banned_B, -math.inf)
         if self.rules.banned_ids:
             logits_BV[:, list(self.rules.banned_ids)] = -math.inf
+        if self.watch is not None and self.rules.tabu:
+            for place, row in enumerate(self.rows_B.tolist()):
+                logits_BV[place, self.watch.tabu(row)] = -math.inf
         return logits_BV
 
     def _choose(self, logits_BV: torch.Tensor, step: int) -> torch.Tensor:
@@ -269,9 +354,22 @@ class _Batch:
         self.banned_B |= self.num_undos_B >= rules.max_undos
         self.banned_B |= self.run_B >= rules.max_consecutive_undos
         self.done_B |= tokens_B == rules.eos_id
+        if self.watch is not None:
+            self._watch(tokens_B, alive_B)
         self.input_BT = tokens_B[:, None]
         self.position_BT = self.position_BT[:, -1:] + 1
         self.mask_BT = torch.cat([self.mask_BT, torch.ones_like(self.mask_BT[:, :1])], dim=1)
+
+    def _watch(self, tokens_B: torch.Tensor, alive_B: torch.Tensor) -> None:
+        """Carry the tokens out, and obey what that leads to."""
+        assert self.watch is not None
+        rows, alive = self.rows_B.tolist(), alive_B.tolist()
+        for row, token, is_alive in zip(rows, tokens_B.tolist(), alive, strict=True):
+            if is_alive:
+                self.watch.write(row, token)
+        device = self.done_B.device
+        self.banned_B |= torch.tensor([row in self.watch.looped for row in rows], device=device)
+        self.done_B |= torch.tensor([row in self.watch.stopped for row in rows], device=device)
 
     def _retire(self) -> None:
         """Copy the counts of the rows at hand to where they outlive the batch."""
@@ -307,6 +405,8 @@ def _check(
         ("undo_bias", rules.undo_bias, "a finite number", not math.isfinite(rules.undo_bias)),
         ("max_consecutive_undos", rules.max_consecutive_undos, "at least 1",
          rules.max_consecutive_undos < 1),
+        ("max_revisits", rules.max_revisits, "0 or more, or None",
+         rules.max_revisits is not None and rules.max_revisits < 0),
     ]  # fmt: skip
     for name, value, expected, bad in wrong:
         if bad:

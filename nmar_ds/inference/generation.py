@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,9 +13,10 @@ from rich.console import Console
 from rich.text import Text
 
 from nmar_ds.errors import ConfigError, VocabularyError
-from nmar_ds.inference.decoding import Decoded, UndoMode, decode
+from nmar_ds.inference.decoding import Decoded, OnEvent, decode
 from nmar_ds.inference.exported import ExportSettings
 from nmar_ds.inference.rendering import Run, as_plain, as_rich, response_text, runs
+from nmar_ds.inference.streaming import TextStream
 from nmar_ds.traces.chat import ChatTemplate, TemplateError
 from nmar_ds.traces.encoding import Tokenizer
 from nmar_ds.traces.schema import IdArray
@@ -72,37 +76,64 @@ def generate(
     prompt: str,
     *,
     chat: ChatTemplate | None = None,
-    max_new_tokens: int,
-    undo_mode: UndoMode = "allow",
-    undo_bias: float = 0.0,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    begun: str = "",
+    stop_texts: Sequence[str] = (),
+    stream: Callable[[TextStream], AbstractContextManager[OnEvent]] | None = None,
+    **rules: Any,
 ) -> Generated:
-    """Answer one prompt; the arguments are those of `encode_prompt` and `decoding.decode`.
+    """Answer one prompt.
 
     The prompt is encoded as in training: whole, with special-token parsing off.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: of the model.
+        settings: of its folder.
+        prompt: as `encode_prompt` takes it, and
+        chat: likewise.
+        begun: the beginning of the response; the model goes on from there, and may undo it.
+        stop_texts: texts that end the response where they come up in it; they stay.
+        stream: gives whoever shows the response as it comes, such as `streaming.shown`.
+        **rules: as `decoding.decode` takes them, `max_new_tokens` among them.
     """
     prompt_ids = encode_prompt(prompt, tokenizer, chat)
-    decoded = decode(
-        model,
-        [prompt_ids],
-        machine=settings.machine,
-        eos_id=settings.eos_id,
-        pad_id=settings.pad_id,
-        max_new_tokens=max_new_tokens,
-        undo_mode=undo_mode,
-        undo_bias=undo_bias,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-    )[0]
+    begun_ids = tokenizer.encode_exactly(begun, continuation=len(prompt_ids) > 0)
+    follows = TextStream(tokenizer, prompt_ids, settings.machine, begun_ids)
+    with contextlib.nullcontext() if stream is None else stream(follows) as on_event:
+        decoded = decode(
+            model,
+            [prompt_ids],
+            machine=settings.machine,
+            eos_id=settings.eos_id,
+            pad_id=settings.pad_id,
+            forced=[begun_ids],
+            on_event=on_event,
+            should_stop=_stops(tokenizer, stop_texts) if stop_texts else None,
+            **rules,
+        )[0]
+    found = runs(
+        tokenizer, prompt_ids, decoded.raw_ids, settings.machine, num_forced=decoded.num_forced
+    )
     return Generated(
         decoded=decoded,
-        runs=list(runs(tokenizer, prompt_ids, decoded.raw_ids, settings.machine)),
+        runs=list(found),
         reduced=response_text(tokenizer, prompt_ids, decoded.reduced_ids),
         undo_token=settings.undo_token,
     )
+
+
+def _stops(tokenizer: Tokenizer, texts: Sequence[str]) -> Callable[[Sequence[int]], bool]:
+    """Whether the token written last completes one of the texts."""
+    wanted = [text.encode("utf-8") for text in texts]
+    longest = max(map(len, wanted))
+
+    def stops(ids: Sequence[int]) -> bool:
+        # Ordinary tokens have a byte at least; the last one may bring more than the text.
+        spelled = tokenizer.decode_bytes(ids[-longest:])
+        last = len(tokenizer.decode_bytes(ids[-1:]))
+        return any(text in spelled[-(len(text) + last - 1) :] for text in wanted)
+
+    return stops
 
 
 def show(generated: Generated, what: Literal["raw", "reduced", "both"]) -> None:
@@ -125,8 +156,9 @@ def show(generated: Generated, what: Literal["raw", "reduced", "both"]) -> None:
     if what == "both":
         decoded = generated.decoded
         limited = ", undo limit reached" if decoded.undo_limited else ""
+        limited += ", undo banned for going in circles" if decoded.loop_limited else ""
         print(
-            f"--- {len(decoded.raw_ids)} tokens emitted, {len(decoded.reduced_ids)} kept, "
+            f"--- {len(decoded.emitted_ids)} tokens emitted, {len(decoded.reduced_ids)} kept, "
             f"{decoded.num_undos} undos ({decoded.num_strays} stray){limited}, "
             f"stopped by {decoded.stop_reason}"
         )

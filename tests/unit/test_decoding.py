@@ -9,12 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessorList,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from nmar_ds.errors import ConfigError, VocabularyError
 from nmar_ds.inference.decoding import Decoded, decode
+from nmar_ds.inference.metrics import num_revisits
+from nmar_ds.inference.plain import UndoLogitsProcessor, reduce_generated
 from nmar_ds.inference.sampling import sample
-from nmar_ds.traces.reduction import Machine
+from nmar_ds.inference.stack import Event, Retract, Stack
+from nmar_ds.traces.reduction import Machine, reduce
 
 VOCAB, UNDO, EOS, PAD = 40, 39, 2, 0
 torch.set_num_threads(1)
@@ -298,6 +307,7 @@ def test_decode_drops_finished_sequences_from_the_batch() -> None:
         ({"temperature": -1.0}, ConfigError, "temperature: -1.0"),
         ({"temperature": float("nan")}, ConfigError, "temperature: nan"),
         ({"top_p": 0.0}, ConfigError, "top_p: 0.0"),
+        ({"max_revisits": -1}, ConfigError, "max_revisits: -1, expected 0 or more"),
         ({"undo_mode": "Ban"}, ConfigError, "undo_mode: 'Ban'"),
         ({"machine": Machine(VOCAB)}, VocabularyError, "id 40: beyond the model's vocabulary"),
     ],
@@ -317,3 +327,175 @@ def test_decode_refuses_an_empty_prompt(llama: Any) -> None:
 
 def test_decode_nothing_gives_nothing(llama: Any) -> None:
     assert run(llama, []) == []
+
+
+# --- guards that look at the stack, events ------------------------------------------------------
+
+SEMANTICS = (
+    Machine(UNDO), Machine(UNDO, "span", frozenset({11, 14})), Machine(UNDO, "reset"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("machine", SEMANTICS, ids=["token", "span", "reset"])
+def test_the_running_stack_is_the_finished_one(machine: Machine) -> None:
+    """Against the machine over whole responses, with the counts of `metrics`."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        ids = rng.choice([10, 11, 12, 14, UNDO], size=rng.integers(0, 25)).astype(np.int32)
+        stack = Stack(machine)
+        kept: list[int] = []
+        for place, token in enumerate(ids.tolist()):
+            event = stack.write(token)
+            if isinstance(event, Retract):
+                taken = len(event.tokens)
+                assert event.tokens == tuple(kept[len(kept) - taken :])
+                del kept[len(kept) - taken :]
+            else:
+                kept.append(event.token)
+            assert stack.ids == kept == reduce(ids[: place + 1], machine).tolist()
+        assert stack.num_revisits == num_revisits(ids, machine)
+        again = stack.copy()
+        again.write(10)
+        assert stack.ids == kept and again.ids == [*kept, 10]
+
+
+def test_tabu_keeps_what_was_taken_back_from_coming_again() -> None:
+    """9 stands ready: after 10 11 was undone, 10 may not come where it stood, but elsewhere."""
+    script = [10, 11, UNDO, 11, UNDO, UNDO, 10, 10, EOS]
+    assert play(script).raw_ids.tolist() == script
+    decoded = play(script, tabu=True)
+    # 11 was taken back after 10, so 9 comes instead; then 9 and 10 go, and 10 may not start again.
+    assert decoded.raw_ids.tolist() == [10, 11, UNDO, 9, UNDO, UNDO, 9, 10, EOS]
+    assert decoded.reduced_ids.tolist() == [9, 10, EOS]
+
+
+def test_tabu_under_reset_holds_for_the_first_token() -> None:
+    decoded = play([10, 11, UNDO, 10, 11, EOS], machine=Machine(UNDO, "reset"), tabu=True)
+    assert decoded.reduced_ids.tolist() == [9, 11, EOS]
+
+
+def test_tabu_knows_the_beginning_that_was_given() -> None:
+    forced = [np.array([20, 21, UNDO], np.int32)]
+    model = Scripted(lambda at: {21: 1.0, 9: 0.5} if at == 5 else {EOS: 1.0})
+    assert run(model, PROMPT, forced=forced)[0].emitted_ids.tolist() == [21, EOS]
+    assert run(model, PROMPT, forced=forced, tabu=True)[0].emitted_ids.tolist() == [9, EOS]
+
+
+def test_loops_end() -> None:
+    """10 UNDO 10 UNDO ... comes back to 10 each time."""
+    script = [10, UNDO] * 10 + [EOS]
+    decoded = play(script, max_revisits=2)
+    # Three ways back are one too many: from then on 9 stands where an undo would have been.
+    assert decoded.raw_ids.tolist() == [*[10, UNDO] * 3, 10, *[9, 10] * 6, 9, EOS]
+    assert decoded.loop_limited and not decoded.undo_limited and decoded.num_undos == 3
+    assert not play(script, max_revisits=9).loop_limited
+    assert not play(script).loop_limited
+    # What was given does not count.
+    forced = [np.array([10, UNDO] * 5, np.int32)]
+    assert not play([10, EOS], forced=forced, max_revisits=1).loop_limited
+
+
+def test_events_say_what_happens_as_it_happens(llama: Any, prompts: list[np.ndarray]) -> None:
+    events: dict[int, list[Event]] = {}
+    found = run(
+        llama, prompts, undo_bias=3.0, batch_size=7,
+        on_event=lambda index, event: events.setdefault(index, []).append(event),
+    )  # fmt: skip
+    plain = run(llama, prompts, undo_bias=3.0)
+    assert same(found, plain), "watching changes nothing"
+    assert sum(decoded.num_undos for decoded in found) > 5
+    for index, decoded in enumerate(found):
+        kept: list[int] = []
+        for event in events[index]:
+            if isinstance(event, Retract):
+                del kept[len(kept) - len(event.tokens) :]
+            else:
+                kept.append(event.token)
+        assert kept == decoded.reduced_ids.tolist()
+        assert len(events[index]) == len(decoded.emitted_ids)
+
+
+def test_a_response_may_be_stopped_by_what_is_left_of_it(
+    llama: Any, prompts: list[np.ndarray]
+) -> None:
+    decoded = play([10, 11, UNDO, 12, 13, EOS], should_stop=lambda ids: list(ids) == [10, 12])
+    assert decoded.raw_ids.tolist() == [10, 11, UNDO, 12]
+    assert decoded.stop_reason == "stop"
+    assert play([10, EOS], should_stop=lambda ids: EOS in ids).stop_reason == "eos"
+    # Row by row: each ends where it would alone, whatever batch it is in.
+    found = run(llama, prompts, batch_size=5, should_stop=lambda ids: len(ids) >= 3)
+    alone = [greedy_alone(llama, prompt.tolist(), 24) for prompt in prompts]
+    for decoded, ids in zip(found, alone, strict=True):
+        assert decoded.raw_ids.tolist() == ids[: len(decoded.raw_ids)]
+        assert decoded.stop_reason in ("eos", "length") or len(decoded.reduced_ids) == 3
+
+
+# --- plain generate ------------------------------------------------------------------------------
+
+GUARDS: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "bias": {"undo_bias": 4.0},
+    "limits": {"undo_bias": 6.0, "max_undos": 4, "max_consecutive_undos": 2},
+    "ban": {"undo_mode": "ban"},
+    "tabu": {"undo_bias": 4.0, "tabu": True},
+    "loops": {"undo_bias": 5.0, "max_revisits": 1},
+}
+
+
+@pytest.mark.parametrize("guards", GUARDS)
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("machine", SEMANTICS, ids=["token", "span", "reset"])
+def test_plain_generate_with_the_processor_gives_the_same(
+    guards: str, begun: bool, machine: Machine, llama: Any, prompts: list[np.ndarray]
+) -> None:
+    """Ragged prompts, padded on the left, in one call of transformers' own `generate`."""
+    start = np.array([10, 11, 12], np.int32) if begun else np.empty(0, np.int32)
+    found = run(
+        llama, prompts, machine=machine, forced=[start] * len(prompts), **GUARDS[guards]
+    )  # fmt: skip
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest + len(start)), PAD)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        own = np.concatenate([prompt, start])
+        ids[row, len(ids[row]) - len(own) :] = torch.from_numpy(own)
+        mask[row, len(ids[row]) - len(own) :] = 1
+    processor = UndoLogitsProcessor(
+        machine, num_prompt=longest, num_forced=len(start), **GUARDS[guards]
+    )
+    output = llama.generate(
+        ids, attention_mask=mask, max_new_tokens=24, do_sample=False, eos_token_id=EOS,
+        pad_token_id=PAD, logits_processor=LogitsProcessorList([processor]),
+    )  # fmt: skip
+    reduced = reduce_generated(output, longest, machine, eos_id=EOS)
+    assert [ids.tolist() for ids in reduced] == [d.reduced_ids.tolist() for d in found]
+    if "undo_bias" in GUARDS[guards]:
+        assert sum(decoded.num_undos for decoded in found) > 0
+
+
+def test_the_processor_follows_beams(llama: Any, prompts: list[np.ndarray]) -> None:
+    """Each beam's own history counts, wherever beam search has moved it."""
+    processor = UndoLogitsProcessor(
+        Machine(UNDO), num_prompt=5, undo_bias=6.0, max_undos=2, tabu=True
+    )
+    prompt = torch.from_numpy(np.concatenate([p for p in prompts if len(p) > 4])[:5])[None].long()
+    output = llama.generate(
+        prompt, max_new_tokens=12, num_beams=4, num_return_sequences=4, do_sample=False,
+        eos_token_id=EOS, pad_token_id=PAD, logits_processor=LogitsProcessorList([processor]),
+    )  # fmt: skip
+    for row in output[:, 5:].tolist():
+        assert row.count(UNDO) <= 2
+        stack = Stack(Machine(UNDO))
+        for token in row:
+            assert token not in stack.taken_back or token == PAD
+            stack.write(token)
+    assert any(UNDO in row for row in output[:, 5:].tolist())
+
+
+def test_reducing_what_a_server_returned() -> None:
+    sequences = [[5, 6, 10, 11, UNDO, 12, EOS, PAD, PAD], [7, 8, UNDO, 10]]
+    first, second = reduce_generated(sequences, 2, Machine(UNDO), eos_id=[EOS, 3])
+    assert first.tolist() == [10, 12, EOS] and second.tolist() == [10]
+    assert first.dtype == np.int32
+    with pytest.raises(ConfigError, match="num_prompt, num_forced: 0, 0, expected at least 1"):
+        UndoLogitsProcessor(Machine(UNDO), num_prompt=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import runpy
 import subprocess
@@ -25,8 +26,10 @@ from nmar_ds.inference.exported import (
 )
 from nmar_ds.inference.generation import encode_prompt, generate, show
 from nmar_ds.inference.rendering import Run, as_plain, as_rich, response_text, runs
+from nmar_ds.inference.stack import Stack
+from nmar_ds.inference.streaming import TextStream, shown
 from nmar_ds.traces.builders import encode_record
-from nmar_ds.traces.encoding import Tokenizer
+from nmar_ds.traces.encoding import Tokenizer, train_sentencepiece
 from nmar_ds.traces.records import Record, TextTurn
 from nmar_ds.traces.reduction import Machine, reduce
 
@@ -241,6 +244,102 @@ def test_generate_undoes_as_the_export_says(
         assert sum(run.num_tokens for run in found.runs if run.kind == "kept") == len(wanted)
         num_telling += len(wanted) != len(reduce(raw, Machine(tokenizer.undo_id)))
     assert num_telling > 0
+
+
+def test_a_response_is_streamed_as_text(tokenizer: Tokenizer) -> None:
+    """Characters of several tokens come when they are whole, and go with their first byte."""
+    prompt = tokenizer.encode("Reverse: sun\n", continuation=False)
+    ids = spell(tokenizer, "sun", " lamp").tolist()
+    machine = Machine(tokenizer.undo_id)
+    stream = TextStream(tokenizer, prompt, machine, np.array(ids[:1], np.int32))
+    stack = Stack(machine, ids[:1])
+    shown = stream.text
+    for token in [*ids[1:], *[tokenizer.undo_id] * (len(ids) + 1), *spell(tokenizer, "mat")]:
+        change = stream.take(stack.write(token))
+        assert change.is_undo == (token == tokenizer.undo_id)
+        shown = shown[: len(shown) - change.num_retracted] + change.appended
+        assert shown == stream.text
+        assert stream.text == response_text(tokenizer, prompt, np.array(stack.ids, np.int32))
+    assert shown == "mat"
+
+
+def test_unfinished_characters_wait(tmp_path: Path) -> None:
+    made = train_sentencepiece(["so the"] * 9, tmp_path, vocab_size=300, byte_fallback=True)
+    pieces = made.encode("s\u65e5\u672co", continuation=True).tolist()
+    stream = TextStream(made, np.array([5], np.int32), Machine(made.undo_id), np.empty(0, np.int32))
+    stack = Stack(Machine(made.undo_id))
+    texts = []
+    for token in pieces:
+        stream.take(stack.write(token))
+        texts.append(stream.text)
+    assert texts == ["s", "s", "s", *["s\u65e5"] * 3, "s\u65e5\u672c", "s\u65e5\u672co"]
+
+
+def test_generate_goes_on_from_a_beginning_and_stops_at_a_text(
+    export: Path, tokenizer: Tokenizer
+) -> None:
+    settings, model = read_settings(export), load_model(export)
+    prompt = "7. Reverse: sun mat lamp\n"
+    plain = generate(model, tokenizer, settings, prompt, max_new_tokens=30, undo_mode="ban")
+    half = plain.reduced[: len(plain.reduced) // 2]
+    found = generate(
+        model, tokenizer, settings, prompt, begun=half, max_new_tokens=5, undo_mode="ban"
+    )
+    assert found.decoded.num_forced == len(tokenizer.encode(half, continuation=True))
+    assert found.reduced.startswith(half) and found.runs[0].forced
+    stop = plain.reduced[3:6]
+    found = generate(
+        model,
+        tokenizer,
+        settings,
+        prompt,
+        max_new_tokens=30,
+        undo_mode="ban",
+        stop_texts=["\n\n", stop],
+    )
+    assert stop in found.reduced and found.decoded.stop_reason == "stop"
+    last = response_text(tokenizer, np.array([5]), found.decoded.reduced_ids[:-1])
+    assert stop not in last, "not a token later"
+    assert len(found.reduced) < len(plain.reduced)
+
+
+def test_launcher_streams_lines_that_add_up(
+    export: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = runpy.run_path(str(LAUNCHER))["main"]
+    common = ["--model", str(export), "--prompt", "7. Reverse: sun\n", "--max-new-tokens", "40",
+              "--temperature", "2", "--seed", "4", "--tabu", "--max-revisits", "5"]  # fmt: skip
+    assert main([*common, "--show", "reduced"]) == 0
+    wanted = capsys.readouterr().out
+    assert main([*common, "--stream"]) == 0
+    text, num_retracts = "", 0
+    for line in capsys.readouterr().out.splitlines():
+        change = json.loads(line)
+        text = text[: len(text) - change.get("retract", 0)] + change.get("append", "")
+        num_retracts += "retract" in change
+    assert text + "\n" == wanted and num_retracts > 0
+    with pytest.raises(SystemExit):
+        main([*common, "--delay", "1"])
+
+
+def test_the_terminal_shows_what_is_taken_back(tokenizer: Tokenizer) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    file = Terminal()
+    prompt = tokenizer.encode("Reverse: sun\n", continuation=False)
+    lamp = tokenizer.encode(" lamp", continuation=True).tolist()
+    machine = Machine(tokenizer.undo_id)
+    stack = Stack(machine)
+    stream = TextStream(tokenizer, prompt, machine, np.empty(0, np.int32))
+    with shown(stream, delay=0.0, file=file) as on_event:
+        for token in [*spell(tokenizer, "sun"), *lamp, *[tokenizer.undo_id] * len(lamp)]:
+            on_event(0, stack.write(int(token)))
+    written = file.getvalue()
+    assert "\x1b[9;31m" in written or "\x1b[31;9m" in written, "red and struck through"
+    last = written.split("\x1b[2K")[-1]
+    assert "sun" in last and "lamp" not in last
 
 
 def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
