@@ -99,15 +99,17 @@ class UndoTrainingModel(nn.Module):
             also_untrained: report the response targets of weight 0 too (a second pass through
                 the head, without gradient).
             mode: "loss"; "nll", the loss of every response target whatever its weight, without
-                gradient; "logits" (this module's path) or "stock_logits" (the wrapped model's
-                own forward and head), at `positions_M`; "row_norms", which takes no batch but
-                `known_K` and `undo_id` (see `row_norms`).
+                gradient (with `undo_id`, that of `<UNDO>` at every such place as well);
+                "logits" (this module's path) or "stock_logits" (the wrapped model's own forward
+                and head), at `positions_M`; "row_norms", which takes no batch but `known_K` and
+                `undo_id` (see `row_norms`).
             positions_M: int64[M] flat positions, for the logits modes.
             known_K: bool[K], the rows of real tokens.
             undo_id: row of `<UNDO>`.
 
         Returns:
-            `MicroBatchLoss`; or for "nll" float[N], 0 where there is no response target; or
+            `MicroBatchLoss`; or for "nll" float[N], 0 where there is no response target (with
+            `undo_id` float[2, N], the target's and that of `<UNDO>`); or
             logits [M, V]; both in float32 (float64 for a float64 model); or for "row_norms"
             float64[4 or 5].
         """
@@ -142,7 +144,14 @@ class UndoTrainingModel(nn.Module):
             return self.logit_map(_at_least_float(logits_MV))
         if mode == "nll":
             assert targets_N is not None and roles_N is not None
-            return self._response_nll(hidden_NH, weight_VH, bias_V, targets_N, roles_N)
+            asked = [targets_N]
+            if undo_id >= 0:
+                asked.append(torch.where(targets_N >= 0, undo_id, targets_N))
+            found = [
+                self._response_nll(hidden_NH, weight_VH, bias_V, each_N, roles_N)
+                for each_N in asked
+            ]
+            return found[0] if undo_id < 0 else torch.stack(found)
         if mode != "loss":
             raise ValueError(f"unknown mode {mode!r}")
         assert targets_N is not None and weights_N is not None and roles_N is not None

@@ -15,6 +15,28 @@ from tqdm import tqdm
 
 from nmar_ds.files import about
 
+# TensorBoard's "Custom scalars": what one wants to know of a run, on one screen.
+SCREEN = {
+    "undo": {
+        "Is it learning to undo? P(<UNDO>) after a forced error, and count right": [
+            "Multiline",
+            ["heldout/p_undo_at_first_place", "heldout/p_undo_where_due",
+             "heldout/undo_count_accuracy"],
+        ],
+        "Does it undo what is right? P(<UNDO>) on right tokens": [
+            "Multiline", ["heldout/p_undo_elsewhere"],
+        ],
+        "Is it learning to err? log p(error | prefix) per token": [
+            "Multiline", ["heldout/log_p_deviation_per_token"],
+        ],
+        "Held-out loss by role": [
+            "Multiline",
+            ["heldout/loss_prefix", "heldout/loss_deviation", "heldout/loss_undo",
+             "heldout/loss_correction"],
+        ],
+    }
+}  # fmt: skip
+
 
 class Monitor:
     """Writes on rank 0 and is silent elsewhere.
@@ -39,6 +61,7 @@ class Monitor:
         if is_writer:
             purge = first_step + 1 if first_step else None
             self._writer = SummaryWriter(str(folder), purge_step=purge)
+            self._writer.add_custom_scalars(SCREEN)
             if sys.stderr.isatty():
                 self._bar = tqdm(total=total_steps, initial=first_step, unit="step", smoothing=0.1)
 
@@ -95,7 +118,7 @@ class Monitor:
         shown = "  ".join(
             f"{tag.removeprefix('heldout/').removeprefix('loss_')} {value:.3f}"
             for tag, value in values.items()
-            if tag.startswith("heldout/loss_") or tag == "heldout/p_undo_at_first_place"
+            if tag.startswith(("heldout/loss_", "heldout/p_undo", "heldout/undo_count"))
         )
         self.say(f"held-out after step {step}: {shown}")
 

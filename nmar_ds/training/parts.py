@@ -131,6 +131,7 @@ def make_loop(
             engine,
             heldout_loader,
             num_rows=config.training.eval_rows,
+            undo_id=plan.store.manifest["tokenizer"]["undo_id"],
             onsets=plan.heldout.onsets,
             arguments=arguments,
             reduce=all_reduce,

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from nmar_ds.data.loader import Batch, RowLoader, count_targets, make_batch
 from nmar_ds.data.packing import pack
 from nmar_ds.traces.schema import NUM_ROLES, Role
 from nmar_ds.training.heldout import as_scalars, batch_sums, measure
+from nmar_ds.training.monitor import SCREEN, Monitor
 
 torch.set_num_threads(1)
 X, P, E, B, C = Role
@@ -55,8 +57,23 @@ def test_batch_sums_by_hand() -> None:
     nll[:8] = [1.0, 2.0, 3.0, 0.5, 4.0, 5.0, 0.25, 6.0]
     #            X    E    B    C
     nll[10:14] = [7.0, 8.0, 2.0, 9.0]
-    sums = batch_sums(batch, nll, TWO.onsets)
-    assert sums.shape == (2 * NUM_ROLES + 4,)
+    nan = np.nan
+    undo = np.full(20, nan)
+    #           P    E    E    B     B    E    B     C
+    undo[:8] = [3.0, nan, nan, 0.5, 0.6, 0.7, 0.25, 0.9]
+    #              X    E    B    C
+    undo[10:14] = [nan, nan, 0.1, 2.0]
+    sums = batch_sums(batch, nll, undo, TWO.onsets)
+    assert sums.shape == (2 * NUM_ROLES + 8,)
+    assert sums[-8] == pytest.approx(sum(np.exp([-0.5, -0.6, -0.25, -0.1])))
+    assert sums[-7:-5].tolist() == pytest.approx([sum(np.exp([-3.0, -0.9, -2.0])), 3])
+    # The first has an undo too few in it? No: .61 and .55 of two, but .50 of a third (its E): not
+    # above half. The second: .78, then .41 on its correction. The third: .90, then .14.
+    assert sums[-5] == 3
+    for place, value in ((4, 0.7), (5, 0.6), (7, 0.6), (13, 0.6)):
+        other = undo.copy()
+        other[place] = value  # too unsure of an undo, or too sure of one too many
+        assert batch_sums(batch, nll, other, TWO.onsets)[-5] == 2, place
     assert sums[:NUM_ROLES].tolist() == [7.0, 1.0, 18.0, 6.75, 15.0]
     assert sums[NUM_ROLES : 2 * NUM_ROLES].tolist() == [1, 1, 4, 4, 2]
     # Of the first deviation only the second token is wrong: 3.0, then 5.0 and 8.0.
@@ -67,7 +84,7 @@ def test_batch_sums_by_hand() -> None:
 
 
 def test_scalars_by_hand_and_absent_roles_are_left_out() -> None:
-    totals = np.array([7.0, 1.0, 18.0, 6.75, 15.0, 1, 1, 4, 4, 2, 16.0, 3, 1.5, 3])
+    totals = np.array([7.0, 1.0, 18.0, 6.75, 15.0, 1, 1, 4, 4, 2, 3.0, 0.5, 2, 1, 16.0, 3, 1.5, 3])
     assert as_scalars(totals) == {
         "heldout/loss_prefix": 1.0,
         "heldout/loss_deviation": 4.5,
@@ -75,15 +92,19 @@ def test_scalars_by_hand_and_absent_roles_are_left_out() -> None:
         "heldout/loss_correction": 7.5,
         "heldout/log_p_deviation_per_token": -16 / 3,
         "heldout/p_undo_at_first_place": 0.5,
+        "heldout/p_undo_where_due": 0.75,
+        "heldout/undo_count_accuracy": 1 / 3,
+        "heldout/p_undo_elsewhere": 0.25,
     }
-    clean = np.array([7.0, 1.0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 0, 0, 0])
+    clean = np.array([7.0, 1.0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])
     assert as_scalars(clean) == {"heldout/loss_prefix": 0.5}
-    assert as_scalars(np.zeros(14)) == {}
+    assert as_scalars(np.zeros(18)) == {}
 
 
 def test_an_empty_batch_adds_nothing() -> None:
     batch = make_batch(TWO, [np.empty(0, np.int64)], length=4, pad_id=0)
-    assert batch_sums(batch, np.full(4, np.nan), TWO.onsets).tolist() == [0.0] * 14
+    nothing = np.full(4, np.nan)
+    assert batch_sums(batch, nothing, nothing, TWO.onsets).tolist() == [0.0] * 18
 
 
 # -- measure ---------------------------------------------------------------------------------
@@ -115,10 +136,13 @@ class FakeEngine:
     def train(self, mode: bool = True) -> None:
         self.modes.append(mode)
 
-    def __call__(self, *, batch: Batch, mode: str) -> torch.Tensor:
-        assert mode == "nll" and not torch.is_grad_enabled() and self.modes == [False]
+    def __call__(self, *, batch: Batch, mode: str, undo_id: int) -> torch.Tensor:
+        assert (
+            mode == "nll" and undo_id == 9 and not torch.is_grad_enabled() and self.modes == [False]
+        )
         self.batches.append(batch)
-        return torch.from_numpy(nll_of(batch)).float()
+        nll = nll_of(batch)
+        return torch.from_numpy(np.stack([nll, nll / 2])).float()
 
 
 def measured(world: int, micro: int, num_rows: int) -> tuple[dict[str, float], list[FakeEngine]]:
@@ -139,6 +163,7 @@ def measured(world: int, micro: int, num_rows: int) -> tuple[dict[str, float], l
                 micro_batch_rows=micro, rank=rank, world_size=world, pad_id=0,
             ),
             num_rows=num_rows,
+            undo_id=9,
             onsets=CORPUS.onsets,
             arguments=lambda batch: {"batch": batch},
             reduce=reduce,
@@ -177,6 +202,7 @@ def test_all_rows_give_the_plain_means_over_unpacked_traces() -> None:
     assert looked_at(engines) == list(range(len(CORPUS.traces)))
     sums: dict[int, list[float]] = {role: [] for role in Role}
     notices, wrong = [], []
+    due, elsewhere = [], []
     for index, trace in enumerate(CORPUS.traces):
         onsets = iter(CORPUS.onsets(index).tolist())
         onset = next(onsets) if trace[0][0] == E else 0
@@ -187,6 +213,10 @@ def test_all_rows_give_the_plain_means_over_unpacked_traces() -> None:
                 onset = next(onsets)
             if next_role == E and place + 1 >= onset:
                 wrong.append(nll)
+            if next_role == B:
+                due.append(np.exp(-nll / 2))
+            elif next_role in (P, C):
+                elsewhere.append(np.exp(-nll / 2))
             if role == E and next_role == B:
                 notices.append(np.exp(-nll))
     for role in (P, E, B, C):
@@ -194,6 +224,24 @@ def test_all_rows_give_the_plain_means_over_unpacked_traces() -> None:
     assert 0 < len(wrong) < len(sums[E])
     assert values["heldout/log_p_deviation_per_token"] == pytest.approx(-np.mean(wrong))
     assert values["heldout/p_undo_at_first_place"] == pytest.approx(np.mean(notices))
+    assert values["heldout/p_undo_where_due"] == pytest.approx(np.mean(due))
+    assert values["heldout/p_undo_elsewhere"] == pytest.approx(np.mean(elsewhere))
+    assert 0 <= values["heldout/undo_count_accuracy"] <= 1
+
+
+def test_one_screen_shows_tags_that_are_written(tmp_path: Path) -> None:
+    """TensorBoard's layout names only scalars that a run writes."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with Monitor(tmp_path, is_writer=True, total_steps=3):
+        pass
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert events.Tags()["tensors"] == ["custom_scalars__config__"]
+    written = as_scalars(np.ones(18))
+    named = [tag for charts in SCREEN.values() for _, tags in charts.values() for tag in tags]
+    assert set(named) <= set(written) and len(named) == len(set(named))
+    assert {"heldout/p_undo_elsewhere", "heldout/log_p_deviation_per_token"} < set(named)
 
 
 def test_few_rows_are_spread_over_the_plan() -> None:

@@ -332,11 +332,31 @@ def test_held_out_losses_know_nothing_of_the_options():
     assert torch.equal(plain, pushed) and plain.max() > options.nll_clip
 
 
-def _nll(model, batch):
+def test_the_loss_of_an_undo_wherever_a_response_goes_on():
+    """Against the stock model's own distribution, each trace alone."""
+    traces = Traces(LENGTHS)
+    batch = pack(traces, ROWS, LENGTH)
+    lm = build()
+    of_target, of_undo = _nll(UndoTrainingModel(lm), batch, undo_id=7)
+    assert torch.equal(of_target, _nll(UndoTrainingModel(lm), batch))
+    lm.set_attn_implementation("eager")
+    for trace, start in zip(batch.trace_ids, batch.cu_seqlens, strict=False):
+        if trace < 0:
+            continue
+        ids = torch.from_numpy(traces.ids(int(trace)).astype(np.int64))[None]
+        with torch.no_grad():
+            log_p = lm(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+        for place, role in enumerate(traces.roles(int(trace))[1:].tolist()):
+            expected = 0.0 if role == 0 else -float(log_p[place, 7])
+            assert float(of_undo[start + place]) == pytest.approx(expected, abs=2e-5)
+
+
+def _nll(model, batch, **more):
     from nmar_ds.training.loop import forward_arguments
 
     with torch.no_grad():
-        return model(**forward_arguments(batch, np.zeros(5), torch.device("cpu")), mode="nll")
+        arguments = forward_arguments(batch, np.zeros(5), torch.device("cpu"))
+        return model(**arguments, mode="nll", **more)
 
 
 # --- the canary ---------------------------------------------------------------------------------
