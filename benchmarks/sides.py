@@ -270,6 +270,71 @@ def ours_loop(job: dict[str, Any], rows: list[Row], rank: int, world_size: int) 
     )  # fmt: skip
 
 
+def plain_worker(pipe: Connection, job: dict[str, Any], env: dict[str, str]) -> None:
+    """Our model and loss without an engine: one process, gradients summed, clipped, AdamW."""
+    os.environ.update(env)
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import torch
+
+    if job["threads"]:
+        torch.set_num_threads(job["threads"])
+    step_of = plain_step(job, pipe.recv())
+    pipe.send("ready")
+    for step in range(job["steps"]):
+        assert pipe.recv() == "step"
+        started = time.perf_counter()
+        loss = step_of(step)
+        pipe.send((time.perf_counter() - started, loss))
+
+
+def plain_step(job: dict[str, Any], rows: list[Row]) -> Any:
+    """Takes the 0-based step and returns its loss."""
+    import torch
+    import transformers
+
+    from nmar_ds.model.training_model import UndoTrainingModel
+    from nmar_ds.training.engine import make_optimizer
+    from nmar_ds.training.loop import forward_arguments
+
+    weights, device = np.array([0.0, 1.0, 0.0, 1.0, 1.0]), torch.device("cpu")
+    lm = transformers.AutoModelForCausalLM.from_pretrained(
+        job["model"], dtype=getattr(torch, job["dtype"])
+    )
+    model = UndoTrainingModel(lm).train()
+    optimizer = make_optimizer(model, run_config(job, 1).optimizer, in_host_memory=True)
+    loader = Rows(rows, job, 0, 1)
+
+    def step_of(step: int) -> float:
+        counts, _ = loader.counts_of_step(step)
+        divisor, total = float(counts @ weights), 0.0
+        for batch in loader.batches_of_step(step):
+            arguments = forward_arguments(batch, weights, device)
+            loss = model(**arguments).loss_sum / divisor
+            loss.backward()
+            total += float(loss.detach())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return total
+
+    return step_of
+
+
+def own_rows(job: dict[str, Any]) -> list[Row]:
+    """Rows of this package's packer, where TRL takes no part."""
+    from nmar_ds.data.packing import pack
+
+    made = traces(job["vocab"], job["capacity"])
+    plan = pack([len(ids) for ids, _ in made], job["capacity"])
+    rows = []
+    for row in chosen_rows(plan.num_rows, job["rows"]):
+        parts = [made[int(index)] for index in plan.row(row)]
+        ids = [one for part, _ in parts for one in part]
+        labels = [one for _, part in parts for one in part]
+        rows.append((ids, labels, [len(part) for part, _ in parts]))
+    return rows
+
+
 # --- taking turns -------------------------------------------------------------------------------
 
 
@@ -290,6 +355,7 @@ class Side:
         for rank in range(world_size):
             env = {"TOKENIZERS_PARALLELISM": "false"}
             if world_size > 1:
+                env |= {"OMP_NUM_THREADS": "1"}
                 env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port,
                         "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
                         "LOCAL_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}  # fmt: skip

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from nmar_ds.errors import ConfigError
 from nmar_ds.model.backends import OTHERS
@@ -33,6 +33,7 @@ __all__ = [
     "SegmentLayout",
     "attention_name",
     "check_supported",
+    "refuse_mask",
     "segment_attention",
 ]
 
@@ -170,9 +171,9 @@ def _forward(  # noqa: PLR0917 (transformers' signature)
     return attend(query, key, value, segment_layout, scale, sliding_window), None
 
 
-def _no_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:
-    """Stand in for transformers' mask builders: isolation comes from the layout."""
-    if attention_mask is not None:
+def refuse_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A decoder's pre-hook: isolation comes from the layout, and a mask would do nothing."""
+    if kwargs.get("attention_mask") is not None:
         raise ConfigError("attention: got an attention_mask, expected none")
 
 
@@ -204,10 +205,13 @@ def check_supported(config: Any) -> None:
 
 
 def register() -> None:
-    """Make every backend known to transformers under its name; harmless to repeat."""
+    """Make every backend known to transformers under its name; harmless to repeat.
+
+    They have no mask builder: transformers then builds none, and does not look at the position
+    ids, for which it would wait for the device in every forward.
+    """
     for backend in ("segments", *OTHERS):
         AttentionInterface.register(attention_name(backend), functools.partial(_forward, backend))
-        AttentionMaskInterface.register(attention_name(backend), _no_mask)
 
 
 register()

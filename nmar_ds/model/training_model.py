@@ -15,7 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nmar_ds.errors import ConfigError
-from nmar_ds.model.attention import SegmentLayout, attention_name, check_supported
+from nmar_ds.model.attention import (
+    SegmentLayout,
+    attention_name,
+    check_supported,
+    refuse_mask,
+)
 from nmar_ds.model.logits import LogitMap
 from nmar_ds.model.objective import HeadLoss, role_sums, weighted_cross_entropy
 from nmar_ds.model.row_norms import row_norms
@@ -67,6 +72,7 @@ class UndoTrainingModel(nn.Module):
                 "architecture that uses transformers' AttentionInterface"
             )
         lm.config.use_cache = False
+        lm.get_decoder().register_forward_pre_hook(refuse_mask, with_kwargs=True)
         self.lm = lm
         self.chunk_size = chunk_size
         self.options = options
@@ -81,6 +87,7 @@ class UndoTrainingModel(nn.Module):
         weights_N: Tensor | None = None,
         roles_N: Tensor | None = None,
         *,
+        rows_M: Tensor | None = None,
         also_untrained: bool = False,
         mode: str = "loss",
         positions_M: Tensor | None = None,
@@ -96,6 +103,8 @@ class UndoTrainingModel(nn.Module):
             targets_N: int64[N] next id of the same trace, -1 where there is none.
             weights_N: float[N] loss weights, 0 where there is no target.
             roles_N: uint8[N] roles of the targets, `NO_ROLE` where there is none.
+            rows_M: int64[M] flat positions of the trained targets, rising; None finds them, for
+                which the host waits for a device.
             also_untrained: report the response targets of weight 0 too (a second pass through
                 the head, without gradient).
             mode: "loss"; "nll", the loss of every response target whatever its weight, without
@@ -175,7 +184,9 @@ class UndoTrainingModel(nn.Module):
             )
 
         trained_N = weights_N != 0 if penalties_N is None else (weights_N != 0) | (penalties_N != 0)
-        rows_M, targets_M, weights_M, roles_M = _trained(trained_N, targets_N, weights_N, roles_N)
+        if rows_M is None:
+            rows_M = torch.nonzero(trained_N)[:, 0]
+        rows_M, targets_M, weights_M, roles_M = _or_one(rows_M, targets_N, weights_N, roles_N)
         loss_sum, nll_M, unlikelihood_M = head_loss(rows_M, targets_M, weights_M)
         sums, counts = role_sums(nll_M, roles_M)
         if also_untrained:
@@ -222,15 +233,14 @@ class UndoTrainingModel(nn.Module):
         return nll_M.new_zeros(len(targets_N)).index_copy(0, rows_M, nll_M)
 
 
-def _trained(
-    trained_N: Tensor, targets_N: Tensor, weights_N: Tensor, roles_N: Tensor
+def _or_one(
+    rows_M: Tensor, targets_N: Tensor, weights_N: Tensor, roles_N: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Select the rows that are trained; if there are none, one row of weight 0.
 
     Under mSFT a good part of the tokens is masked, and the head is the dearest layer of a small
     model. The stand-in row keeps the backward, and so the collectives, equal on all ranks.
     """
-    rows_M = torch.nonzero(trained_N)[:, 0]
     if len(rows_M):
         return rows_M, targets_N[rows_M], weights_N[rows_M], roles_N[rows_M]
     rows_1 = rows_M.new_zeros(1)

@@ -44,10 +44,26 @@ def learning_rate(step: int, total_steps: int, section: OptimizerSection) -> flo
     return section.learning_rate * (floor + (1 - floor) * share)
 
 
-def forward_arguments(batch: Batch, weights: Any, device: torch.device) -> dict[str, Any]:
-    """A loader's batch as arguments of `UndoTrainingModel.forward`."""
+def forward_arguments(
+    batch: Batch, weights: Any, device: torch.device, *, options: LossOptions | None = None
+) -> dict[str, Any]:
+    """A loader's batch as arguments of `UndoTrainingModel.forward`.
+
+    Args:
+        batch: of this rank.
+        weights: float64[NUM_ROLES].
+        device: where the model runs.
+        options: of the loss. Where given, the trained targets are found here, from the host's
+            arrays: to find them on a device the host would have to wait for it.
+    """
     roles_N = torch.from_numpy(batch.target_roles).to(device)
-    return {
+    found: dict[str, Any] = {}
+    if options is not None:
+        is_trained = np.zeros(256, dtype=bool)  # by role, NO_ROLE among them
+        is_trained[:NUM_ROLES] = trained_roles(weights, options)
+        rows_M = np.flatnonzero(is_trained[batch.target_roles])
+        found["rows_M"] = torch.from_numpy(rows_M).to(device)
+    return found | {
         "input_ids_BT": torch.from_numpy(batch.input_ids).to(device),
         "position_ids_BT": torch.from_numpy(batch.position_ids).to(device),
         "layout": SegmentLayout.from_cu_seqlens(
@@ -78,15 +94,34 @@ class StepSums:
     tokens: int = 0
     trained: int = 0
     unlikelihood: float = 0.0
+    _on_device: torch.Tensor | None = None
 
     def add(self, batch: Batch, result: MicroBatchLoss, is_trained: Any, divisor: float) -> None:
-        """Count one micro-batch in; `is_trained` is bool[NUM_ROLES], `divisor` is D."""
-        self.loss += float(result.loss_sum.detach()) / divisor
-        self.roles[0] += result.role_sums.cpu()
-        self.roles[1] += result.role_counts.cpu()
+        """Count one micro-batch in; `is_trained` is bool[NUM_ROLES], `divisor` is D.
+
+        What the device knows stays there until `settle`: the host need not wait for it.
+        """
+        sums = torch.cat(
+            [
+                result.role_sums.double(),
+                result.role_counts.double(),
+                (result.loss_sum.detach().double() / divisor).reshape(1),
+                result.unlikelihood_sum.double().reshape(1),
+            ]
+        )
+        self._on_device = sums if self._on_device is None else self._on_device + sums
         self.tokens += batch.num_tokens
-        self.unlikelihood += float(result.unlikelihood_sum)
         self.trained += int(is_trained[batch.target_roles[batch.targets >= 0]].sum())
+
+    def settle(self) -> StepSums:
+        """Fetch the sums, once per step."""
+        if self._on_device is not None:
+            sums = self._on_device.cpu()
+            self.roles += sums[: 2 * NUM_ROLES].view(2, NUM_ROLES)
+            loss, pushed = sums[2 * NUM_ROLES :].tolist()
+            self.loss, self.unlikelihood = self.loss + loss, self.unlikelihood + pushed
+            self._on_device = None
+        return self
 
 
 class TrainingLoop:
@@ -201,7 +236,7 @@ class TrainingLoop:
         for batch in self.loader.batches_of_step(step):
             self._enter("forward")
             result = self.engine(
-                **forward_arguments(batch, self.weights, self.engine.device),
+                **forward_arguments(batch, self.weights, self.engine.device, options=self.options),
                 also_untrained=also_untrained,
             )
             self._enter("backward")
@@ -209,7 +244,7 @@ class TrainingLoop:
             self._enter("optimizer")
             self.engine.step()
             sums.add(batch, result, is_trained, divisor)
-        return sums
+        return sums.settle()
 
     def _enter(self, phase: str) -> None:
         self.enter_phase("first step" if self.is_first_step else phase)

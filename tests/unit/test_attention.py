@@ -307,7 +307,7 @@ def _segments(*lengths, **more):
 
 
 def test_a_call_without_layout_or_with_a_mask_is_refused():
-    model = build(attention=ATTENTION_NAME)
+    model = UndoTrainingModel(build()).lm
     with pytest.raises(ConfigError, match="no segment_layout"):
         _call(model)
     with pytest.raises(ConfigError, match="attention_mask"):

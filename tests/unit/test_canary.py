@@ -389,12 +389,12 @@ def test_forgotten_weights_are_caught(monkeypatch):
 
 def test_a_loss_on_other_tokens_is_caught(monkeypatch):
     """The mask one place off: the right weights at the wrong targets."""
-    right = training_model._trained
+    right = training_model._or_one
     monkeypatch.setattr(
         training_model,
-        "_trained",
-        lambda trained, targets, weights, roles: right(
-            trained.roll(1) & (targets >= 0), targets, weights.roll(1) * (targets >= 0), roles
+        "_or_one",
+        lambda rows, targets, weights, roles: right(
+            (rows + 1)[targets[rows + 1] >= 0], targets, weights.roll(1) * (targets >= 0), roles
         ),
     )
     with pytest.raises(IsolationError, match=r"row \d, its targets: loss"):

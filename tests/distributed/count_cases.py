@@ -1,0 +1,59 @@
+"""Collectives of a micro-batch, by name, whatever this rank trains on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from nmar_ds.acceptance.step import tiny_run
+from nmar_ds.model.training_model import MicroBatchLoss
+from nmar_ds.training.loop import forward_arguments
+
+NAMES = ("all_gather_into_tensor", "all_gather", "reduce_scatter_tensor", "reduce_scatter",
+         "all_reduce", "broadcast", "barrier", "reduce", "gather", "scatter", "send", "recv",
+         "all_to_all", "all_to_all_single")  # fmt: skip
+
+
+def collectives(*, idle_rank: int | None = None, num_micro_batches: int = 6) -> dict[str, Any]:
+    """Train on the same rows; count what goes over the network in each micro-batch. Collective.
+
+    Args:
+        idle_rank: trains on nothing, as a rank does whose rows are filler.
+        num_micro_batches: all of one step, so that no optimizer step lies between them.
+    """
+    from deepspeed.comm import comm
+
+    tiny = tiny_run(tied=False, global_rows=2 * num_micro_batches, num_traces=200)
+    weights = np.array([0.0, 1.0, 0.0, 1.0, 1.0]) * (dist.get_rank() != idle_rank)
+    seen: Counter[str] = Counter()
+    backend, plain = comm.cdb, {}
+
+    def counting(name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            seen[name] += 1
+            return plain[name](*args, **kwargs)
+
+        return call
+
+    for name in NAMES:
+        if hasattr(backend, name):
+            plain[name] = getattr(backend, name)
+            setattr(backend, name, counting(name))
+    counts, losses = [], []
+    try:
+        tiny.engine.train()
+        for batch in tiny.loader.batches_of_step(0)[: num_micro_batches - 1]:
+            seen.clear()
+            arguments = forward_arguments(batch, weights, tiny.engine.device)
+            result: MicroBatchLoss = tiny.engine(**arguments)
+            tiny.engine.backward(result.loss_sum)
+            tiny.engine.step()
+            counts.append(dict(seen))
+            losses.append(float(result.loss_sum.detach()))
+    finally:
+        for name in plain:
+            delattr(backend, name)
+    return {"counts": counts, "losses": losses}
