@@ -395,15 +395,20 @@ def test_loops_end() -> None:
     assert not play([10, EOS], forced=forced, max_revisits=1).loop_limited
 
 
-def test_events_say_what_happens_as_it_happens(llama: Any, prompts: list[np.ndarray]) -> None:
+@pytest.mark.parametrize("bias", [0.0, 3.0])
+def test_events_say_what_happens_as_it_happens(
+    bias: float, llama: Any, prompts: list[np.ndarray]
+) -> None:
     events: dict[int, list[Event]] = {}
     found = run(
-        llama, prompts, undo_bias=3.0, batch_size=7,
+        llama, prompts, undo_bias=bias, batch_size=7,
         on_event=lambda index, event: events.setdefault(index, []).append(event),
     )  # fmt: skip
-    plain = run(llama, prompts, undo_bias=3.0)
+    plain = run(llama, prompts, undo_bias=bias)
     assert same(found, plain), "watching changes nothing"
-    assert sum(decoded.num_undos for decoded in found) > 5
+    assert sum(decoded.num_undos for decoded in found) > (5 if bias else 0)
+    if not bias:
+        assert len({len(decoded.raw_ids) for decoded in found}) > 3, "rows are dropped meanwhile"
     for index, decoded in enumerate(found):
         kept: list[int] = []
         for event in events[index]:
@@ -475,9 +480,18 @@ def test_plain_generate_with_the_processor_gives_the_same(
 
 def test_the_processor_follows_beams(llama: Any, prompts: list[np.ndarray]) -> None:
     """Each beam's own history counts, wherever beam search has moved it."""
-    processor = UndoLogitsProcessor(
-        Machine(UNDO), num_prompt=5, undo_bias=6.0, max_undos=2, tabu=True
-    )
+    rules: dict[str, Any] = {"num_prompt": 5, "undo_bias": 6.0, "max_undos": 2, "tabu": True}
+
+    class Compared(UndoLogitsProcessor):
+        """What it remembers is what it would find out."""
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            found = super().__call__(input_ids, scores)
+            afresh = UndoLogitsProcessor(Machine(UNDO), **rules)(input_ids, scores)
+            assert torch.equal(found, afresh)
+            return found
+
+    processor = Compared(Machine(UNDO), **rules)
     prompt = torch.from_numpy(np.concatenate([p for p in prompts if len(p) > 4])[:5])[None].long()
     output = llama.generate(
         prompt, max_new_tokens=12, num_beams=4, num_return_sequences=4, do_sample=False,
@@ -490,6 +504,14 @@ def test_the_processor_follows_beams(llama: Any, prompts: list[np.ndarray]) -> N
             assert token not in stack.taken_back or token == PAD
             stack.write(token)
     assert any(UNDO in row for row in output[:, 5:].tolist())
+
+
+def test_the_processor_knows_the_beginning_that_was_given() -> None:
+    processor = UndoLogitsProcessor(Machine(UNDO), num_prompt=1, num_forced=3, tabu=True)
+    for more in ([], [30, UNDO]):
+        scores = processor(torch.tensor([[5, 20, 21, UNDO, *more]]), torch.zeros(1, VOCAB))
+        banned = torch.isinf(scores[0]).nonzero()[:, 0].tolist()
+        assert banned == ([21, 30] if more else [21])
 
 
 def test_reducing_what_a_server_returned() -> None:
