@@ -16,7 +16,7 @@ import re
 import sys
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -429,9 +429,9 @@ def deepspeed_config(config: RunConfig, *, world_size: int) -> dict[str, Any]:
     }
 
 
-def _known_keys(place: tuple[Any, ...]) -> list[str]:
+def _known_keys(kind: type[Section], place: tuple[Any, ...]) -> list[str]:
     """Field names of the section that holds `place`."""
-    section: Any = RunConfig
+    section: Any = kind
     for part in place[:-1]:
         if part.isdigit():  # an entry of a list of sections
             continue
@@ -444,7 +444,12 @@ def _known_keys(place: tuple[Any, ...]) -> list[str]:
 
 
 def _describe(
-    error: Any, source: str, lines: dict[tuple[str, ...], int], overridden: set[str]
+    kind: type[Section],
+    error: Any,
+    source: str,
+    *,
+    lines: dict[tuple[str, ...], int],
+    overridden: set[str],
 ) -> str:
     place = tuple(str(part) for part in error["loc"])
     dotted = ".".join(str(part) for part in error["loc"])
@@ -457,7 +462,7 @@ def _describe(
                 where = f"{source}:{lines[place[:depth]]}"
                 break
     if error["type"] == "extra_forbidden":
-        return f"{where}: {dotted}: unknown key{nearest(place[-1], _known_keys(place))}"
+        return f"{where}: {dotted}: unknown key{nearest(place[-1], _known_keys(kind, place))}"
     if error["type"] == "missing":
         return f"{where}: {dotted}: is missing"
     message = error["msg"].removeprefix("Value error, ")
@@ -476,13 +481,26 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     Raises:
         ConfigError: one line per fault: file, line, key, value, nearest valid key.
     """
+    return load_section(RunConfig, path, overrides)
+
+
+SectionType = TypeVar("SectionType", bound=Section)
+
+
+def load_section(
+    kind: type[SectionType], path: str | Path, overrides: list[str] | None = None
+) -> SectionType:
+    """As `load_config`, for a file that holds another kind of configuration."""
     path = Path(path)
     data, lines = read_yaml(path)
     overridden = {".".join(apply_override(data, text)) for text in overrides or []}
     try:
-        return RunConfig.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
-        faults = [_describe(e, str(path), lines, overridden) for e in error.errors()]
+        faults = [
+            _describe(kind, e, str(path), lines=lines, overridden=overridden)
+            for e in error.errors()
+        ]
         raise ConfigError("\n".join(faults)) from None
 
 

@@ -32,7 +32,7 @@ def run_ours(
     dtype = torch.float64 if model.lm.dtype == torch.float64 else torch.float32
     roles_N = torch.from_numpy(batch.target_roles).to(device)
     result: MicroBatchLoss = model(
-        *_inputs(batch, device),
+        *inputs(batch, device),
         torch.from_numpy(batch.targets).to(device),
         token_weights(roles_N, weights, dtype),
         roles_N,
@@ -41,7 +41,8 @@ def run_ours(
     return result
 
 
-def _inputs(batch: Batch, device: torch.device) -> tuple[Any, ...]:
+def inputs(batch: Batch, device: torch.device) -> tuple[Any, ...]:
+    """Ids, positions and segments of a batch, as the training module takes them."""
     return (
         torch.from_numpy(batch.input_ids).to(device),
         torch.from_numpy(batch.position_ids).to(device),
@@ -97,7 +98,7 @@ def _logits_gap(
                 continue
             start, end = (int(batch.cu_seqlens[segment + k]) for k in (0, 1))
             places = torch.arange(start, end, device=device)
-            packed.append(ours(*_inputs(batch, device), mode="logits", positions_M=places))
+            packed.append(ours(*inputs(batch, device), mode="logits", positions_M=places))
             ids = torch.from_numpy(source.ids(index)).to(device, torch.int64)
             alone.append(stock(input_ids=ids[None], use_cache=False).logits[0])
     return worst_gap([torch.cat(packed).float()], [torch.cat(alone).float()])

@@ -37,7 +37,7 @@ def check_isolation(peers: ProcessPeers) -> list[Line]:
     """The canary that starts every run, through ZeRO-3, in both dtypes."""
     lines = []
     for dtype in ("float32", "bfloat16"):
-        tiny = step.tiny_run(dtype=dtype, micro_rows=2, **_size(peers.world_size))
+        tiny = step.tiny_run(dtype=dtype, micro_rows=2, **size_of(peers.world_size))
         tiny.engine.train()
 
         def call(mode: str, *inputs: Any, engine: Any = tiny.engine, **tensors: Any) -> Any:
@@ -78,7 +78,7 @@ def check_exactness(peers: ProcessPeers, device: torch.device) -> list[Line]:
     return lines + check_safety_gap(peers)
 
 
-def _size(world_size: int) -> dict[str, Any]:
+def size_of(world_size: int) -> dict[str, Any]:
     """Two micro-batches a rank, and traces enough to fill a step."""
     rows = max(4, 2 * world_size)
     return {"global_rows": rows, "num_traces": max(9, 3 * rows)}
@@ -110,7 +110,7 @@ class _Step:
 
 
 def _take_step(peers: ProcessPeers, weights: list[float], **more: Any) -> _Step:
-    result = step.train_step(tied=True, weights=weights, **_size(peers.world_size), **more)
+    result = step.train_step(tied=True, weights=weights, **size_of(peers.world_size), **more)
     digest = hashlib.sha256()
     for part in ("gradients", "after"):
         for name in sorted(result[part]):
@@ -127,13 +127,13 @@ def _reference(peers: ProcessPeers, one: _Step) -> Reference | None:
         return None
     return reference_gradients(
         one.result["before"], tied=True, traces=one.result["traces"], dtype=torch.float64,
-        num_traces=_size(peers.world_size)["num_traces"],
+        num_traces=size_of(peers.world_size)["num_traces"],
     )  # fmt: skip
 
 
 def _whatever_ranks_and_accumulation(peers: ProcessPeers) -> list[Line]:
     """Proof 2: W ranks, with accumulation and without = one process, one trace at a time."""
-    micro = _size(peers.world_size)["global_rows"] // peers.world_size
+    micro = size_of(peers.world_size)["global_rows"] // peers.world_size
     cases = [("float32", 1), ("float32", micro), ("bfloat16", 1)]
     lines = []
     for dtype, micro_rows in cases:
@@ -171,15 +171,7 @@ def _step_gaps(one: _Step, reference: Reference) -> dict[str, float]:
 
 def check_safety_gap(peers: ProcessPeers) -> list[Line]:
     """Proof 3: g_SFT - g_mSFT = G_e / D, and how it fails under `trained` (SPEC 4 b)."""
-    take = functools.partial(_take_step, peers, dtype="float32")
-    figures: dict[str, float] | None = {}
-    for kind in ("common", "trained"):
-        sft, msft = (take(weights, denominator=kind) for weights in (SFT, MSFT))
-        reference = _reference(peers, sft)
-        if reference is not None and figures is not None:
-            figures |= _identity_gaps(kind, sft, msft, reference)
-    figures = peers.broadcast(figures)
-    assert figures is not None
+    figures = safety_gap_figures(peers)
     told_apart = figures.pop("apart")
     lines = [within(name, seen, 1e-5, advice=FACTOR) for name, seen in figures.items()]
     lines.append(
@@ -192,6 +184,43 @@ def check_safety_gap(peers: ProcessPeers) -> list[Line]:
         )
     )
     return lines
+
+
+def safety_gap_figures(peers: ProcessPeers) -> dict[str, float]:
+    """Relative gaps of SPEC 4 b; `apart` is how far `trained` is from the identity. Collective."""
+    take = functools.partial(_take_step, peers, dtype="float32")
+    figures: dict[str, float] | None = {}
+    for kind in ("common", "trained"):
+        sft, msft = (take(weights, denominator=kind) for weights in (SFT, MSFT))
+        reference = _reference(peers, sft)
+        if reference is not None and figures is not None:
+            figures |= _identity_gaps(kind, sft, msft, reference)
+    figures = peers.broadcast(figures)
+    assert figures is not None
+    return figures
+
+
+def same_term_figures(peers: ProcessPeers) -> dict[str, float]:
+    """Relative gaps of SPEC 4 a: what b and c give to the gradient of SFT and of mSFT. Collective.
+
+    The step is taken with and without the weights of b and c; the difference is theirs.
+    """
+    take = functools.partial(_take_step, peers, dtype="float32")
+    figures: dict[str, float] | None = {}
+    for name, weights in (("SFT", SFT), ("mSFT", MSFT)):
+        without = [0.0 if role in (Role.UNDO, Role.CORRECTION) else weights[role] for role in Role]
+        whole, rest = take(weights), take(without)
+        reference = _reference(peers, whole)
+        if reference is not None and figures is not None:
+            parts, _, counts = reference
+            seen = {n: whole.gradients[n] - rest.gradients[n] for n in whole.gradients}
+            expected = combine(parts, [0.0, 0.0, 0.0, 1.0, 1.0], float(counts[1:].sum()))
+            figures[f"gradient of undo and correction in {name} = (G_b + G_c) / D"] = gap(
+                seen, expected
+            )
+    figures = peers.broadcast(figures)
+    assert figures is not None
+    return figures
 
 
 def _identity_gaps(kind: str, sft: _Step, msft: _Step, reference: Reference) -> dict[str, float]:

@@ -48,6 +48,15 @@ def train_step(*, break_it: str | None = None, **arguments: Any) -> dict[str, An
         return core.train_step(**arguments)
 
 
+def safety_gap_figures(*, break_it: str | None = None) -> dict[str, Any]:
+    """What the Safety Gap study takes on its ranks."""
+    from nmar_ds.theory.on_ranks import figures_under_zero3
+    from nmar_ds.training.engine import ProcessPeers
+
+    with mock.patch.object(core, "Recording", BROKEN[break_it]):
+        return figures_under_zero3(ProcessPeers())
+
+
 def poisoned_run(
     *,
     bad_steps: list[int],

@@ -16,10 +16,12 @@ import pytest
 
 from nmar_ds.config import load_config, reference_page
 from nmar_ds.errors import ConfigError
+from nmar_ds.theory.settings import load_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+STUDIES = [ROOT / "configs/safety_gap.yaml"]  # another kind of configuration
+CONFIGS = sorted(set((ROOT / "configs").glob("*.yaml")) - set(STUDIES))
 QUICK = re.compile(r"\s+# quick$")
 
 
@@ -46,7 +48,8 @@ def check_launch(words: list[str]) -> None:
     script = next(i for i, word in enumerate(words) if word.startswith("launcher/"))
     options = launcher(words[script]).parse(words[script + 1 :])
     if getattr(options, "config", None):
-        load_config(ROOT / options.config, options.overrides)
+        load = load_settings if "safety_gap" in words[script] else load_config
+        load(ROOT / options.config, options.overrides)
 
 
 def check_job(words: list[str]) -> None:
@@ -125,6 +128,13 @@ def test_every_configuration_loads(path: Path) -> None:
         assert (ROOT / source).is_file(), source
     for world_size in (1, 2):
         config.accumulation_steps(world_size)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)
+def test_every_study_loads(path: Path) -> None:
+    records = load_settings(path).records
+    for source in map(str, [*records.train, *records.heldout]):
+        assert (ROOT / source).is_file(), source
 
 
 def test_the_configuration_page_is_up_to_date() -> None:

@@ -45,6 +45,9 @@ CASES = [
     ("evaluate_undo", ["--help"], 0),
     ("evaluate_undo", ["--model", "nowhere", "--heldout", "nowhere.jsonl"], 2),
     ("evaluate_undo", ["--model", "nowhere", "--heldout", "x.jsonl", "--require", "reduce>=1"], 2),
+    ("safety_gap", ["--help"], 0),
+    ("safety_gap", ["--config", "nowhere.yaml"], 2),
+    ("safety_gap", ["--config", "configs/safety_gap.yaml", "curves.step=9"], 2),
 ]
 
 

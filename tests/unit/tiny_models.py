@@ -4,12 +4,11 @@
 
 from __future__ import annotations
 
-import types
-
 import numpy as np
 import torch
 import transformers
 
+from nmar_ds.acceptance.exact import remove_upcasts
 from nmar_ds.acceptance.packed import run_ours  # noqa: F401 (tests take them from here)
 from nmar_ds.acceptance.reference import (  # noqa: F401
     gradients,
@@ -67,22 +66,8 @@ def build(family="llama", *, tied=False, dtype=torch.float32, attention=None, ex
     if attention:
         model.set_attn_implementation(attention)
     if exact:
-        _remove_upcasts(model)
+        remove_upcasts(model)
     return model
-
-
-def _remove_upcasts(model):
-    """Norms in float64: stock ones go through float32 and stop comparisons at 1e-7."""
-    offset = 1.0 if "Gemma" in type(model).__name__ else 0.0
-
-    def forward(self, x):
-        eps = self.variance_epsilon if hasattr(self, "variance_epsilon") else self.eps
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * (self.weight + offset)
-
-    norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
-    assert norms or "Phi" in type(model).__name__
-    for norm in norms:
-        norm.forward = types.MethodType(forward, norm)
 
 
 class Traces:

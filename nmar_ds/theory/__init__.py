@@ -1,0 +1,1 @@
+"""What masking the deviations does, measured (SPEC section 4)."""
