@@ -150,16 +150,18 @@ class _OneProcess:
         self.model = UndoTrainingModel(lm)
         self.train = self.model.train
 
-    def __call__(self, batch: Batch, mode: str) -> Any:
+    def __call__(self, batch: Batch, **asked: Any) -> Any:
         targets_N = torch.from_numpy(batch.targets)
         roles_N = torch.from_numpy(batch.target_roles)
-        return self.model(*inputs(batch, CPU), targets_N, roles_N=roles_N, mode=mode)
+        return self.model(*inputs(batch, CPU), targets_N, roles_N=roles_N, **asked)
 
 
 def measured(lm: Any, loader: RowLoader, num_rows: int) -> dict[str, float]:
     """Held-out figures of `training.heldout`, without their prefix."""
+    source: Any = loader.source
     found = measure(
-        _OneProcess(lm), loader, num_rows=num_rows, onsets=loader.source.onsets,  # type: ignore[attr-defined]
+        _OneProcess(lm), loader, num_rows=num_rows, onsets=source.onsets,
+        undo_id=source.store.manifest["tokenizer"]["undo_id"],
         arguments=lambda batch: {"batch": batch}, reduce=lambda tensor: tensor,
     )  # fmt: skip
     return {name.removeprefix("heldout/"): value for name, value in found.items()}
