@@ -128,7 +128,7 @@ def call(side: str, inputs: tuple[torch.Tensor, ...]) -> tuple[float, float]:
     (loss * 0.001).backward()
     seconds = time.perf_counter() - started
     KEPT.clear()
-    return float(loss), seconds
+    return float(loss.detach()), seconds
 
 
 def status(name: str) -> int:

@@ -36,7 +36,7 @@ def merge(
             "python": platform.python_version(),
             **{one: version(one) for one in packages},
         },
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, no other work",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, shared with other work",
     }
     kept |= {row: stamp | figures for row, figures in rows.items()}
     # benchmarks do not wait for a whole file to be right, but a torn one would lose other rows
