@@ -114,10 +114,11 @@ def run_example(folder: Path) -> Example:
     )  # fmt: skip
     (batch,) = loader.batches_of_step(0)
     lm, undo_row = float64_model(config, plan)
+    stock = copy.deepcopy(lm)  # before ours refuses masks
+    stock.set_attn_implementation("sdpa")
+    stock.config.use_cache = False
     model = UndoTrainingModel(lm)
     measured = forward_and_backward(model, batch, loader)
-    stock = copy.deepcopy(lm)
-    stock.set_attn_implementation("sdpa")
     measured["gradients"]["e"] = deviation_gradient(stock, plan, measured["gradients"])
     # In the head, the row of the first wrong token: what SFT pulls up and mSFT leaves alone.
     first = plan.store.trace(0)
