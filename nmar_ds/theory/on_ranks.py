@@ -6,14 +6,16 @@ is that tiny random one: DeepSpeed partitions no float64.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from nmar_ds.errors import LaunchError, NmarError
 from nmar_ds.training.ranks import complete_environment, discover_ranks
@@ -61,16 +63,14 @@ def start(output: Path, *, timeout_seconds: int) -> dict[str, Any]:
         "OMP_NUM_THREADS": "1",
     }
     with log.open("wb") as written:
-        process = subprocess.Popen(
-            command, stdout=written, stderr=written, env=environment, start_new_session=True
-        )
+        process = subprocess.Popen(command, stdout=written, stderr=written, env=environment)
         try:
             code = process.wait(timeout_seconds)
         except subprocess.TimeoutExpired:
             code = None
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+                _kill_tree(process.pid)
                 process.wait()
     if code is None:
         raise LaunchError(f"{log}: two ranks took over {timeout_seconds} s (timeout_seconds)")
@@ -79,6 +79,16 @@ def start(output: Path, *, timeout_seconds: int) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     file.unlink()
     return found
+
+
+def _kill_tree(pid: int) -> None:
+    """The launcher first, so that it starts nothing anew; its ranks have sessions of their own."""
+    launcher = psutil.Process(pid)
+    launcher.suspend()
+    below = launcher.children(recursive=True)
+    for each in (launcher, *below):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
 
 
 _OF_A_LAUNCHER = (
