@@ -12,6 +12,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,14 @@ def _kill_tree(pid: int) -> None:
     """The launcher first, so that it starts nothing anew; its ranks have sessions of their own."""
     launcher = psutil.Process(pid)
     launcher.suspend()
+    until = time.monotonic() + 5
+    while launcher.status() != psutil.STATUS_STOPPED and time.monotonic() < until:
+        time.sleep(0.01)
     below = launcher.children(recursive=True)
     for each in (launcher, *below):
         with contextlib.suppress(psutil.NoSuchProcess):
             each.kill()
+    psutil.wait_procs(below, timeout=10)
 
 
 _OF_A_LAUNCHER = (
