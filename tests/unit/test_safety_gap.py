@@ -46,7 +46,7 @@ def settings(folder: Path, *more: str):
 def study(tmp_path_factory):
     """A finished tiny study: its configuration and its report."""
     config = settings(tmp_path_factory.mktemp("study") / "out")
-    assert safety_gap.run_study(config)
+    safety_gap.run_study(config)  # what it finds is judged by the tests
     return config, json.loads((Path(config.output) / "report.json").read_text("utf-8"))
 
 
