@@ -363,3 +363,30 @@ def test_no_store_of_clean_traces_alone(study):
     config, _ = study
     with pytest.raises(ConfigError, match="holds no trace of the kind"):
         rows(config, [])
+
+
+def test_a_launcher_and_its_ranks_are_ended_together():
+    """Ranks have sessions of their own, as torchrun's have."""
+    import subprocess
+    import sys
+
+    import psutil
+
+    from nmar_ds.theory.on_ranks import _kill_tree
+
+    script = (
+        "import subprocess, sys\n"
+        "child = subprocess.Popen(['sleep', '60'], start_new_session=True)\n"
+        "print(child.pid, flush=True)\n"
+        "child.wait()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as launcher:
+        child = psutil.Process(int(launcher.stdout.readline()))
+        try:
+            _kill_tree(launcher.pid)
+            gone = not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+        finally:
+            if child.is_running():
+                child.kill()
+        assert launcher.wait(10) != 0
+    assert gone
