@@ -109,6 +109,7 @@ class Watchdog:
         self._closed, self._ask_now = threading.Event(), threading.Event()
         self._told = False
         self._ending = threading.Lock()
+        self._ended_by: int | None = None  # a thread
 
     def __enter__(self) -> Watchdog:
         """Begin to watch."""
@@ -118,12 +119,23 @@ class Watchdog:
 
     def __exit__(self, *_: object) -> None:
         """The work is done: nothing is late any more."""
+        self._hold_still()
         self._closed.set()
         self._ask_now.set()
 
     def enter(self, phase: str) -> None:
         """This rank begins something."""
+        self._hold_still()
         self._phase, self._since = phase, self._clock()
+
+    def _hold_still(self) -> None:
+        """What has been declared over does not go on.
+
+        A stopped rank is continued so that it leaves its stacks, and all that waited for it could
+        run on, and even complete, until this process ends.
+        """
+        if self._ending.locked() and self._ended_by != threading.get_ident():
+            time.sleep(2 * SECONDS_TO_REPORT)
 
     def meet(self, attempt: str, members: Sequence[Member]) -> None:
         """The ranks know each other, and the run folder is theirs.
@@ -188,6 +200,7 @@ class Watchdog:
         """Report for some seconds at most, then leave."""
         if not self._ending.acquire(blocking=False):
             time.sleep(2 * SECONDS_TO_REPORT)  # the other thread of this process is at it
+        self._ended_by = threading.get_ident()
         report = threading.Thread(target=self._report, args=(problem,), daemon=True)
         report.start()
         report.join(SECONDS_TO_REPORT)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -199,3 +200,35 @@ def test_a_real_process(end: str, code: int, tmp_path: Path) -> None:
     assert done.returncode == code, done.stderr
     assert time.monotonic() - started < 20
     assert (tmp_path / "outcome").exists() == (end == "hang")
+
+
+def test_what_has_been_declared_over_does_not_go_on(
+    make: Callable[..., Watchdog], clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The main thread, freed from its wait meanwhile, begins no further phase and does not end."""
+    dog = make()
+    going, ended, at_it = [threading.Event() for _ in range(3)]
+    monkeypatch.setattr(dog, "_report", lambda problem: (at_it.set(), ended.wait(3)))
+
+    def main() -> None:
+        at_it.wait(3)
+        dog.enter("optimizer")
+        going.set()
+
+    thread = threading.Thread(target=main, daemon=True)
+    thread.start()
+    clock.now += 100
+    dog.enter("forward")
+    clock.now += 100
+
+    def end() -> None:
+        with pytest.raises(Left):
+            dog.look(0.0)
+
+    ender = threading.Thread(target=end, daemon=True)
+    ender.start()
+    assert at_it.wait(3)
+    assert not going.wait(0.5), "held still while the end is reported"
+    ended.set()
+    ender.join(3)
+    assert dog._phase == "forward"
