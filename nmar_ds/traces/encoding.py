@@ -173,33 +173,18 @@ class Tokenizer(ABC):
         """Whether the tokenizer puts a space before the start of a text."""
         return self._starts_with_space("a")
 
-    def encode_with_offsets(
-        self, text: str, *, continuation: bool
-    ) -> tuple[IdArray, npt.NDArray[np.int64]]:
-        """Encode, and say where each token starts.
-
-        Returns:
-            int32[T] ids, and int64[T] index of the character at which the token starts, or -1
-            where it starts inside a character or where an earlier token starts there too; the
-            places not -1 are those where the text can be cut between tokens.
-
-        Raises:
-            VocabularyError: the tokens do not spell the text, so there are no places to give.
-        """
-        ids = self.encode(text, continuation=continuation)
-        spelled = self.decode_bytes(ids)
-        start = b" " if not continuation and self._starts_with_space(text) else b""
-        if spelled != start + text.encode("utf-8"):
-            raise VocabularyError(f"{self.path}: {self.difference(text, spelled)}")
-        return ids, self.starts_of(ids, text, continuation=continuation)
-
     def starts_of(self, ids: IdArray, text: str, *, continuation: bool) -> npt.NDArray[np.int64]:
-        """Say where each token starts, as `encode_with_offsets` does.
+        """Say where each token of a text starts.
 
         Args:
-            ids: int32[T] that spell the text.
+            ids: int32[T] that spell the text, from `encode_exactly`.
             text: what they spell.
             continuation: as it was encoded.
+
+        Returns:
+            int64[T] index of the character at which the token starts, or -1 where it starts inside
+            a character or where an earlier token starts there too; the places not -1 are those
+            where the text can be cut between tokens.
         """
         starts_inside = not continuation and self._starts_with_space(text)
         begins = np.cumsum(self._num_bytes[ids]) - self._num_bytes[ids]

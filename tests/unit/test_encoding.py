@@ -64,10 +64,18 @@ def test_specials_contribute_no_text(any_tokenizer: Tokenizer) -> None:
     assert any_tokenizer.decode(marked, continuation=True) == "so the"
 
 
+def with_starts(
+    tokenizer: Tokenizer, text: str, continuation: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids, and where they start, as `turns` gets both."""
+    ids = tokenizer.encode_exactly(text, continuation=continuation)
+    return ids, tokenizer.starts_of(ids, text, continuation=continuation)
+
+
 def test_offsets_are_places_where_the_text_can_be_cut(any_tokenizer: Tokenizer) -> None:
     for text in ("so the answer is 12", "h\u00e9llo: 1 + 2 = 3", "\u65e5\u672c: 1", "\u672c\u65e5"):
         for continuation in (False, True):
-            ids, starts = any_tokenizer.encode_with_offsets(text, continuation=continuation)
+            ids, starts = with_starts(any_tokenizer, text, continuation)
             assert len(starts) == len(ids) and starts[0] == 0
             for token, start in enumerate(starts.tolist()):
                 if start >= 0:
@@ -76,14 +84,14 @@ def test_offsets_are_places_where_the_text_can_be_cut(any_tokenizer: Tokenizer) 
 
 
 def test_offsets_inside_a_character_are_marked(bpe_tokenizer: Tokenizer) -> None:
-    ids, starts = bpe_tokenizer.encode_with_offsets("\U0001f600a", continuation=True)
+    ids, starts = with_starts(bpe_tokenizer, "\U0001f600a", True)
     assert starts.tolist() == [0] + [-1] * (len(ids) - 2) + [1]
     assert bpe_tokenizer.starts_character(ids).tolist() == (starts >= 0).tolist()
 
 
 def test_offsets_need_text_that_comes_back(small_tokenizer: Tokenizer) -> None:
     with pytest.raises(VocabularyError):
-        small_tokenizer.encode_with_offsets("Z", continuation=True)
+        with_starts(small_tokenizer, "Z", True)
 
 
 @pytest.mark.parametrize("kind", ["model", "json"])
@@ -101,7 +109,7 @@ def test_continuation_carries_no_word_mark(
     assert tokenizer.decode(at_start) == "12" == tokenizer.decode(following, continuation=True)
     assert tokenizer.piece_class(int(following[0])) == "digit"
     # A prefix space that is a token of its own: the text can be cut before it, not after.
-    ids, starts = tokenizer.encode_with_offsets("\n2", continuation=False)
+    ids, starts = with_starts(tokenizer, "\n2", False)
     assert tokenizer.decode_bytes(ids[:1]) == b" " and starts.tolist() == [0, -1, 1]
 
 
