@@ -47,8 +47,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="per response (default: twice the family's longest reference and some more; four "
         "times under span and reset)",
     )  # fmt: skip
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T",
+        help="responses are drawn at this temperature, one per problem; 0 (default) is greedy",
+    )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=256, help="sequences side by side")
-    parser.add_argument("--seed", type=int, default=0, help="of problems and deviations")
+    parser.add_argument("--seed", type=int, default=0, help="of problems, deviations and draws")
     parser.add_argument(
         "--samples", type=int, default=3, metavar="N",
         help="decodes shown per family, free and forced each (default 3)",
@@ -64,6 +68,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if options.samples < 0 or options.seed < 0:
         parser.error("--samples and --seed must not be negative")
+    if not 0 <= options.temperature < float("inf"):
+        parser.error("--temperature must be a number of at least 0")
     return options
 
 
@@ -103,6 +109,7 @@ def run(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
         allow_fewer=options.allow_fewer,
+        temperature=options.temperature,
     )
     results = evaluate(load_model(options.model), tokenizer, settings, families, examination)
     console = Console()
@@ -116,7 +123,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"MISSED {line}")
     if options.output is not None:
         about = {"model": str(options.model), "semantics": settings.semantics, **wanted,
-                 "max_length": options.max_length,
+                 "max_length": options.max_length, "temperature": options.temperature,
                  "require": [str(bar) for bar in bars]}  # fmt: skip
         whole = report.as_json(
             results, about=about, overlap=overlap, missed=lines, num_samples=options.samples,

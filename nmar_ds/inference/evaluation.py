@@ -1,9 +1,10 @@
 """One model examined on held-out problems and on forced deviations (SPEC 7).
 
-Per family there are three greedy passes. *Free*: the prompt alone. *Banned*: the same with the
-undo made impossible; only problems whose free response holds an undo are decoded again, since
-greedy decoding is the same without it up to the first undo. *Forced*: a clean prefix and a
-plausible wrong value are given, and the model goes on.
+Per family there are three passes, greedy or sampled. *Free*: the prompt alone. *Banned*: the same
+with the undo made impossible; under greedy decoding only problems whose free response holds an undo
+are decoded again, since it is the same without it up to the first undo. (A draw is not: banning a
+token gives its mass to the others.) *Forced*: a clean prefix and a plausible wrong value are given,
+and the model goes on.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class Examination:
     batch_size: int = 128
     max_new_tokens: int | None = None
     allow_fewer: bool = False
+    temperature: float = 0.0
 
 
 def evaluate(
@@ -74,7 +76,8 @@ def evaluate(
         families: held-out problems by family, from `probes.load_problems`.
         examination: `num_problems` per family drawn with `seed`; deviations of 1 to `max_length`
             wrong tokens; `max_new_tokens` None allows twice the longest reference (four times under
-            `span` and `reset`) and some more.
+            `span` and `reset`) and some more; `temperature` 0 is greedy, otherwise responses are
+            drawn with `seed`, one per problem and pass.
 
     Raises:
         ConfigError: fewer held-out problems than asked for, without `allow_fewer`.
@@ -119,15 +122,19 @@ class _Family:
             pad_id=settings.pad_id,
             max_new_tokens=examination.max_new_tokens or allowed,
             batch_size=examination.batch_size,
+            temperature=examination.temperature,
+            seed=examination.seed,
         )
 
     def run(self, name: str, family: Sequence[Problem]) -> FamilyResult:
         """Decode free, banned and forced, and measure."""
         exam = self.examination
         free = self.decode([problem.prompt_ids for problem in self.problems])
-        again = [index for index, decoded in enumerate(free) if decoded.num_undos > 0]
+        again = [i for i, decoded in enumerate(free) if decoded.num_undos or exam.temperature]
         banned = list(free)
-        redone = self.decode([self.problems[i].prompt_ids for i in again], undo_mode="ban")
+        redone = self.decode(
+            [self.problems[i].prompt_ids for i in again], undo_mode="ban", numbers=again
+        )
         for index, decoded in zip(again, redone, strict=True):
             banned[index] = decoded
         probes = make_probes(

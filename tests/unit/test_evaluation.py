@@ -19,8 +19,9 @@ import torch
 from rich.console import Console
 
 from nmar_ds.errors import ConfigError, TraceError
-from nmar_ds.inference import report
+from nmar_ds.inference import evaluation, report
 from nmar_ds.inference.bars import MEASURES, missed, parse_bar
+from nmar_ds.inference.decoding import decode
 from nmar_ds.inference.evaluation import Examination, FamilyResult, evaluate
 from nmar_ds.inference.exported import ExportSettings
 from nmar_ds.inference.metrics import Rate
@@ -194,6 +195,40 @@ def test_evaluate_a_model_that_errs_once_and_repairs(
     assert found["false_undo"] == 0.0
     num_kept = sum(len(sample.problem.reference_ids) for sample in result.free)
     assert found["overhead"] == pytest.approx((num_kept + 2 * 30) / num_kept)
+
+
+def test_evaluate_by_sampling(tokenizer: Tokenizer, families: dict[str, list[Problem]]) -> None:
+    """Now and then a token is drawn amiss, and the careful model takes it back."""
+    policy = careful(tokenizer.undo_id)
+    settings: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 400}
+    result = examine(tokenizer, families, policy, **settings)
+    found = values(result)
+    assert found["raw"] < found["reduced"] and 0 < found["with_undo"] < 1
+    emitted = [sample.decoded.emitted_ids.tolist() for sample in result.free]
+
+    def again(**changes: Any) -> list[list[int]]:
+        free = examine(tokenizer, families, policy, **(settings | changes)).free
+        return [sample.decoded.emitted_ids.tolist() for sample in free]
+
+    assert again() == emitted and again(batch_size=7) == emitted
+    assert again(seed=1) != emitted and again(temperature=0.0) != emitted
+
+
+def test_a_draw_without_the_undo_is_another_draw(
+    tokenizer: Tokenizer, families: dict[str, list[Problem]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sampled, all problems are decoded again with the undo banned; greedily, those with an undo."""
+    num_banned: list[int] = []
+
+    def counting(model: Any, prompts: list[Any], **settings: Any) -> Any:
+        if settings.get("undo_mode") == "ban":
+            num_banned.append(len(prompts))
+        return decode(model, prompts, **settings)
+
+    monkeypatch.setattr(evaluation, "decode", counting)
+    examine(tokenizer, families, careful(tokenizer.undo_id), temperature=1.0, max_new_tokens=400)
+    examine(tokenizer, families, careful(tokenizer.undo_id))
+    assert num_banned == [30, 0]
 
 
 def test_evaluate_a_model_that_takes_back_one_token_too_many(
