@@ -19,7 +19,7 @@ from nmar_ds.errors import ConfigError
 from nmar_ds.theory.settings import load_settings
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 STUDIES = [ROOT / "configs/safety_gap.yaml"]  # another kind of configuration
 CONFIGS = sorted(set((ROOT / "configs").glob("*.yaml")) - set(STUDIES))
 QUICK = re.compile(r"\s+# quick$")
@@ -39,13 +39,18 @@ def launcher(path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"launcher_{Path(path).stem}", ROOT / path)
     assert spec is not None and spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str((ROOT / path).parent))  # where a script looks first
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
     return module
 
 
 def check_launch(words: list[str]) -> None:
     """Parse the arguments as the launcher would, and load the configuration they name."""
-    script = next(i for i, word in enumerate(words) if word.startswith("launcher/"))
+    scripts = ("launcher/", "examples/")
+    script = next(i for i, word in enumerate(words) if word.startswith(scripts))
     options = launcher(words[script]).parse(words[script + 1 :])
     if getattr(options, "config", None):
         load = load_settings if "safety_gap" in words[script] else load_config
