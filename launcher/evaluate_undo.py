@@ -18,7 +18,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         description="Examine a model on held-out problems and on forced deviations.",
-        epilog="The measures and their definitions are listed in docs and in SPEC section 7.",
+        epilog="The measures and their definitions are listed in docs/evaluation.md.",
     )
     parser.add_argument(
         "--model", type=Path, required=True, help="folder made by launcher/export.py"

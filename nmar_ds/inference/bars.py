@@ -9,16 +9,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from nmar_ds.errors import ConfigError
+from nmar_ds.inference.intervals import Auroc, Mean
 from nmar_ds.inference.metrics import Rate
 
-Measures = Mapping[str, Rate | float | int | None]
+AnyMeasure = Rate | Mean | Auroc | int
 
 # Everything an examination measures (`evaluation.FamilyResult.measures`; a test compares the two).
 MEASURES = (
     "n", "raw", "reduced", "banned", "exact", "wrong_to_right", "right_to_wrong", "with_undo",
-    "false_undo", "undo_precision", "undo_recall", "stray_undo", "undo_limited", "loop",
-    "unfinished", "overhead",
-    "num_probes", "undone", "exact_k", "over_undo", "corrected", "parrot",
+    "mean_undos", "false_undo", "undo_precision", "undo_recall", "erred", "free_noticed",
+    "free_latency", "repaired", "stray_undo", "undo_limited", "loop", "unfinished", "overhead",
+    "num_probes", "undone", "exact_k", "over_undo", "corrected", "correction_success", "parrot",
     "forced_undo_precision", "forced_undo_recall", "noticed", "mean_latency", "mean_delay",
     "false_undo_prefix", "undo_auroc",
 )  # fmt: skip
@@ -67,12 +68,12 @@ def parse_bar(text: str) -> Bar:
     return Bar(measure=name, at_most=operator == "<=", limit=limit)
 
 
-def number(measure: Rate | float | int | None) -> float | None:
+def number(measure: AnyMeasure) -> float | None:
     """The value of a measure, None where nothing was counted."""
-    return measure.value if isinstance(measure, Rate) else measure
+    return measure if isinstance(measure, int) else measure.value
 
 
-def missed(families: Mapping[str, Measures], bars: Iterable[Bar]) -> list[str]:
+def missed(families: Mapping[str, Mapping[str, AnyMeasure]], bars: Iterable[Bar]) -> list[str]:
     """One line for every bar that a family does not clear."""
     lines = []
     for bar in bars:

@@ -16,16 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from nmar_ds.inference import metrics
 from nmar_ds.inference.decoding import Decoded, decode
 from nmar_ds.inference.exported import ExportSettings
+from nmar_ds.inference.intervals import Auroc
+from nmar_ds.inference.measuring import Measures, Verdicts, measure_forced, measure_free
 from nmar_ds.inference.metrics import Rate
 from nmar_ds.inference.probes import Probe, Problem, make_probes, select
 from nmar_ds.inference.rendering import response_text, without_undos
 from nmar_ds.inference.scoring import UndoScores, score_undo
 from nmar_ds.traces.answers import answered
 from nmar_ds.traces.encoding import Tokenizer
-from nmar_ds.traces.reduction import survivors
 from nmar_ds.traces.schema import IdArray
 
 
@@ -40,9 +40,9 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FamilyResult:
-    """The measures of one family (rates as `metrics.Rate`, the rest plain) and some decodes."""
+    """The measures of one family (see docs/evaluation.md) and its decodes."""
 
-    measures: dict[str, Rate | float | int | None]
+    measures: Measures
     free: list[Sample]
     forced: list[Sample]
 
@@ -150,7 +150,9 @@ class _Family:
             [probe.problem.prompt_ids for probe in probes],
             forced=[probe.forced_ids for probe in probes],
         )
-        measures = self._measure_free(free, banned) | self._measure_forced(probes, forced)
+        right = [self._right(p.problem, d) for p, d in zip(probes, forced, strict=True)]
+        measures = measure_free(self.problems, free, self._verdicts(free, banned), self.machine)
+        measures |= measure_forced(probes, forced, right, self.machine)
         measures |= self._measure_scores(probes)
         return FamilyResult(
             measures=measures,
@@ -176,89 +178,20 @@ class _Family:
     def _text(self, problem: Problem, ids: IdArray) -> str:
         return response_text(self.tokenizer, problem.prompt_ids, ids)
 
-    def _measure_free(
-        self, free: list[Decoded], banned: list[Decoded]
-    ) -> dict[str, Rate | float | int | None]:
+    def _verdicts(self, free: list[Decoded], banned: list[Decoded]) -> Verdicts:
         pairs = list(zip(self.problems, free, strict=True))
-        reduced = [self._right(problem, decoded) for problem, decoded in pairs]
-        without = [self._right(*pair) for pair in zip(self.problems, banned, strict=True)]
-        gained, lost = metrics.transitions(without, reduced)
-        pops = [metrics.judge_pops(d.raw_ids, p.reference_ids, self.machine) for p, d in pairs]
-        popped_wrong = sum(pop.popped_wrong for pop in pops)
-        popped = popped_wrong + sum(pop.popped_right for pop in pops)
-        return {
-            "n": len(free),
-            "raw": Rate.over(
-                self._right(p, d, without_undos(d.raw_ids, self.machine.undo_id)) for p, d in pairs
-            ),
-            "reduced": Rate.over(reduced),
-            "banned": Rate.over(without),
-            "exact": Rate.over(
+        undo_id = self.machine.undo_id
+        return Verdicts(
+            raw=[self._right(p, d, without_undos(d.raw_ids, undo_id)) for p, d in pairs],
+            reduced=[self._right(problem, decoded) for problem, decoded in pairs],
+            banned=[self._right(*pair) for pair in zip(self.problems, banned, strict=True)],
+            exact=[
                 d.stop_reason == "eos" and self._text(p, d.reduced_ids) == p.reference
                 for p, d in pairs
-            ),
-            "wrong_to_right": gained,
-            "right_to_wrong": lost,
-            "with_undo": Rate.over(d.num_undos > 0 for d in free),
-            "false_undo": Rate.over(pop.popped_right > 0 for pop in pops),
-            "undo_precision": Rate(popped_wrong, popped),
-            "undo_recall": Rate(popped_wrong, sum(pop.num_wrong for pop in pops)),
-            "stray_undo": Rate.over(d.num_strays > 0 for d in free),
-            "undo_limited": Rate.over(d.undo_limited for d in free),
-            "loop": Rate.over(
-                d.undo_limited or metrics.num_revisits(d.raw_ids, self.machine) > 0 for d in free
-            ),
-            "unfinished": Rate.over(d.stop_reason == "length" for d in free),
-            "overhead": metrics.overhead([d.raw_ids for d in free], [d.reduced_ids for d in free]),
-        }
+            ],
+        )
 
-    def _measure_forced(
-        self, probes: list[Probe], forced: list[Decoded]
-    ) -> dict[str, Rate | float | int | None]:
-        pairs = list(zip(probes, forced, strict=True))
-        machine = self.machine
-        recoveries = [
-            metrics.judge_recovery(decoded.emitted_ids, probe.deviation_ids, machine)
-            for probe, decoded in pairs
-        ]
-        pops = [
-            metrics.judge_pops(d.raw_ids, probe.problem.reference_ids, machine)
-            for probe, d in pairs
-        ]
-        popped_wrong = sum(pop.popped_wrong for pop in pops)
-        # Judged from the first wrong token: a deviation must be gone as well as the answer right,
-        # or an answer that survives a wrong step would count as a correction.
-        gone = [not survivors(d.raw_ids, machine)[probe.onset] for probe, d in pairs]
-        latencies = [
-            metrics.detection_latency(d.raw_ids, p.onset, machine.undo_id) for p, d in pairs
-        ]
-        noticed = [latency for latency in latencies if latency is not None]
-        # Forced wrong ids are counted in the latency, so the quickest is their number.
-        delays = [
-            latency - (len(probe.forced_ids) - probe.onset)
-            for probe, latency in zip(probes, latencies, strict=True)
-            if latency is not None
-        ]
-        return {
-            "num_probes": len(probes),
-            "undone": Rate.over(recovery.undone for recovery in recoveries),
-            "exact_k": Rate.over(recovery.exact for recovery in recoveries),
-            "over_undo": Rate.over(recovery.over for recovery in recoveries),
-            "corrected": Rate.over(
-                left and self._right(probe.problem, decoded)
-                for left, (probe, decoded) in zip(gone, pairs, strict=True)
-            ),
-            "parrot": Rate.over(r.parroted for r in recoveries if r.parroted is not None),
-            "forced_undo_precision": Rate(
-                popped_wrong, popped_wrong + sum(pop.popped_right for pop in pops)
-            ),
-            "forced_undo_recall": Rate(popped_wrong, sum(pop.num_wrong for pop in pops)),
-            "noticed": Rate(len(noticed), len(probes)),
-            "mean_latency": float(np.mean(noticed)) if noticed else None,
-            "mean_delay": float(np.mean(delays)) if delays else None,
-        }
-
-    def _measure_scores(self, probes: list[Probe]) -> dict[str, Rate | float | int | None]:
+    def _measure_scores(self, probes: list[Probe]) -> Measures:
         """Undo after clean prefixes (every one of each reference), and after each deviation."""
         scores = partial(score_undo, self.model, undo_id=self.machine.undo_id)
         starts = [len(problem.prompt_ids) - 1 for problem in self.problems]
@@ -270,13 +203,13 @@ class _Family:
             [score.is_top[start:] for score, start in zip(clean, starts, strict=True)]
         )
         return {
-            "false_undo_prefix": Rate(int(tops.sum()), len(tops)),
+            "false_undo_prefix": Rate(int(tops.sum()), len(tops), len(self.problems)),
             "undo_auroc": self._auroc(probes, clean, wrong),
         }
 
     def _auroc(
         self, probes: list[Probe], clean: list[UndoScores], wrong: list[UndoScores]
-    ) -> float | None:
+    ) -> Auroc:
         """p(UNDO) right after a deviation against p(UNDO) at the place where it went wrong."""
         by_line = {(p.path, p.line): score for p, score in zip(self.problems, clean, strict=True)}
         negatives = [
@@ -287,4 +220,5 @@ class _Family:
             )
             for probe in probes
         ]
-        return metrics.auroc([float(score.probability[-1]) for score in wrong], negatives)
+        positives = [float(score.probability[-1]) for score in wrong]
+        return Auroc(np.asarray(positives, np.float64), np.asarray(negatives, np.float64))

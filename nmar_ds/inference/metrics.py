@@ -32,10 +32,13 @@ class Rate:
     Attributes:
         num: events that happened.
         of: events that could have.
+        units: problems the events are spread over, where one problem gives several: tokens of a
+            response go wrong together, so the interval is that of as many events as problems.
     """
 
     num: int
     of: int
+    units: int | None = None
 
     @classmethod
     def over(cls, events: Iterable[bool]) -> Rate:
@@ -50,12 +53,12 @@ class Rate:
 
     def as_dict(self) -> dict[str, float | int | None]:
         """The form kept in reports: counts, share and its Wilson 95 % interval."""
-        low, high = wilson(self.num, self.of)
-        value = self.value
+        value, units = self.value, self.of if self.units is None else min(self.units, self.of)
+        low, high = wilson((value or 0.0) * units, units)
         return {"value": value, "num": self.num, "of": self.of, "low": low, "high": high}
 
 
-def wilson(num: int, of: int, z: float = Z_95) -> tuple[float, float]:
+def wilson(num: float, of: int, z: float = Z_95) -> tuple[float, float]:
     """Score interval of a binomial share; (0, 1) where nothing was counted.
 
     Source: Wilson 1927, JASA 22:209. Unlike the normal interval it does not shrink to a point
@@ -246,11 +249,11 @@ def overhead(raw: Iterable[IdArray], reduced: Iterable[IdArray]) -> float | None
     return sum(len(ids) for ids in raw) / num_kept if num_kept else None
 
 
-def auroc(positives: Sequence[float], negatives: Sequence[float]) -> float | None:
+def auroc(positives: npt.ArrayLike, negatives: npt.ArrayLike) -> float | None:
     """Chance that a positive scores above a negative, ties counted half (Mann-Whitney U)."""
-    if len(positives) == 0 or len(negatives) == 0:
+    positives, ordered = np.asarray(positives, np.float64), np.sort(np.asarray(negatives, float))
+    if len(positives) == 0 or len(ordered) == 0:
         return None
-    ordered = np.sort(np.asarray(negatives, np.float64))
     below = np.searchsorted(ordered, positives, side="left")
     upto = np.searchsorted(ordered, positives, side="right")
     return float(((below + upto) / 2).mean() / len(ordered))

@@ -14,14 +14,13 @@ from rich.text import Text
 
 from nmar_ds.data.view import visible
 from nmar_ds.errors import ConfigError
-from nmar_ds.inference.bars import number
+from nmar_ds.inference.bars import AnyMeasure, number
 from nmar_ds.inference.evaluation import FamilyResult, Sample
 from nmar_ds.inference.exported import ExportSettings
-from nmar_ds.inference.metrics import Rate
 from nmar_ds.inference.rendering import as_plain, as_rich, response_text, runs
 from nmar_ds.traces.encoding import Tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 COLUMNS = {
     "raw": "raw",
     "reduced": "reduced",
@@ -54,7 +53,7 @@ def print_table(results: Mapping[str, FamilyResult], console: Console) -> None:
         print("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
 
 
-def _share(measure: Rate | float | int | None) -> str:
+def _share(measure: AnyMeasure) -> str:
     value = number(measure)
     return "-" if value is None else f"{value:.3f}"
 
@@ -142,11 +141,11 @@ def as_json(
     tokenizer: Tokenizer,
     settings: ExportSettings,
 ) -> dict[str, Any]:
-    """The report as a JSON object: every rate with its counts and Wilson 95 % interval."""
+    """The report as a JSON object: every measure with its 95 % interval (docs/evaluation.md)."""
     families = {}
     for name, result in results.items():
         measures = {
-            key: value.as_dict() if isinstance(value, Rate) else value
+            key: value if isinstance(value, int) else value.as_dict()
             for key, value in result.measures.items()
         }
         samples = [

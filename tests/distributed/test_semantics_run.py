@@ -119,10 +119,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("semantics", SEMANTICS)
 def test_records_to_examination(semantics: str, runs: Path) -> None:
     from nmar_ds.data.store import Store
+    from nmar_ds.inference.bars import number
     from nmar_ds.inference.decoding import decode
     from nmar_ds.inference.evaluation import Examination, evaluate
     from nmar_ds.inference.exported import load_exported_tokenizer, load_model, read_settings
-    from nmar_ds.inference.metrics import Rate
     from nmar_ds.inference.probes import load_problems
     from nmar_ds.training.export import export_checkpoint
 
@@ -157,10 +157,7 @@ def test_records_to_examination(semantics: str, runs: Path) -> None:
     (result,) = evaluate(
         model, tokenizer, settings, families, Examination(num_problems=3, max_length=3)
     ).values()
-    measures = {
-        name: measure.value if isinstance(measure, Rate) else measure
-        for name, measure in result.measures.items()
-    }
+    measures = {name: number(measure) for name, measure in result.measures.items()}
     ones = ("reduced", "exact", "with_undo", "undo_recall")
     zeros = ("raw", "stray_undo", "undo_limited", "unfinished")
     assert {name: measures[name] for name in ones + zeros} == {

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import examined
 import numpy as np
 import pytest
 import torch
+from oracles import blind, careful, examine, settings_of, values
 from rich.console import Console
 
 from nmar_ds.errors import ConfigError, TraceError
 from nmar_ds.inference import evaluation, report
 from nmar_ds.inference.bars import MEASURES, missed, parse_bar
 from nmar_ds.inference.decoding import decode
-from nmar_ds.inference.evaluation import Examination, FamilyResult, evaluate
 from nmar_ds.inference.exported import ExportSettings
 from nmar_ds.inference.metrics import Rate
 from nmar_ds.inference.probes import (
@@ -40,7 +39,6 @@ from nmar_ds.traces.reduction import Machine, num_undos, reduce, start_of
 
 LAUNCHER = Path(__file__).parents[2] / "launcher" / "evaluate_undo.py"
 torch.set_num_threads(1)
-Policy = Callable[[list[int], list[int], list[int]], int]
 
 
 @pytest.fixture(scope="module")
@@ -56,99 +54,6 @@ def heldout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def families(heldout: Path, tokenizer: Tokenizer) -> dict[str, list[Problem]]:
     return load_problems([heldout], tokenizer)
-
-
-def settings_of(tokenizer: Tokenizer) -> ExportSettings:
-    return ExportSettings(
-        undo_id=tokenizer.undo_id, undo_token="<UNDO>", semantics="token", context="linear",
-        eos_id=tokenizer.eos_id, bos_id=tokenizer.bos_id, pad_id=tokenizer.pad_id,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-    )  # fmt: skip
-
-
-class Oracle(torch.nn.Module):
-    """Looks the problem up and follows a policy(response, stack, reference) -> next token.
-
-    The ids of a row are kept in the key-value cache, where a model keeps its past, so dropping
-    rows and padding have to be right for it to answer at all.
-    """
-
-    def __init__(
-        self, tokenizer: Tokenizer, problems: list[Problem], policy: Policy, machine: Machine
-    ) -> None:
-        super().__init__()
-        self.embedding = torch.nn.Embedding(tokenizer.size, 1)
-        self.config = examined.LlamaConfig(
-            vocab_size=tokenizer.size, num_hidden_layers=1, max_position_embeddings=4096
-        )
-        self.machine = machine
-        self.references = {tuple(p.prompt_ids.tolist()): p.reference_ids.tolist() for p in problems}
-        self.policy = policy
-
-    def get_input_embeddings(self) -> torch.nn.Embedding:
-        return self.embedding
-
-    def forward(
-        self, input_ids: Any, attention_mask: Any = None, past_key_values: Any = None, **_: Any
-    ) -> Any:
-        past = input_ids[:, None, :, None].float()
-        if past_key_values is not None:
-            past, _ = past_key_values.update(past, past, 0)
-        mask = torch.ones_like(past[:, 0, :, 0]) if attention_mask is None else attention_mask
-        size = input_ids.shape[1]
-        logits = torch.zeros(*input_ids.shape, self.embedding.num_embeddings)
-        for row in range(len(past)):
-            for place in range(size) if past_key_values is None else [size - 1]:
-                seen = past[row, 0, : past.shape[2] - size + place + 1, 0]
-                ids = seen[mask[row, : len(seen)] > 0].long().tolist()
-                choices = self._next(ids)
-                for rank, token in enumerate(choices):
-                    logits[row, place, token] = 9.0 - rank
-        return SimpleNamespace(logits=logits)
-
-    def _next(self, ids: list[int]) -> list[int]:
-        """The policy's token, then what to do where that one is banned: go on by count."""
-        for size in range(len(ids), 0, -1):
-            reference = self.references.get(tuple(ids[:size]))
-            if reference is not None:
-                response = ids[size:]
-                stack = reduce(response, self.machine).tolist()
-                return [self.policy(response, stack, reference), blind(response, stack, reference)]
-        return [0]
-
-
-def blind(_response: list[int], stack: list[int], reference: list[int]) -> int:
-    """Never takes anything back: the reference's token at this place, right or not so far."""
-    return reference[min(len(stack), len(reference) - 1)]
-
-
-def examine(
-    tokenizer: Tokenizer,
-    families: dict[str, list[Problem]],
-    policy: Policy,
-    facts: ExportSettings | None = None,
-    **changes: Any,
-) -> FamilyResult:
-    facts = facts or settings_of(tokenizer)
-    model = Oracle(tokenizer, families["words"], policy, facts.machine)
-    settings: dict[str, Any] = {"num_problems": 30, "batch_size": 16}
-    examination = Examination(**(settings | changes))
-    return evaluate(model, tokenizer, facts, families, examination)["words"]
-
-
-def values(result: FamilyResult) -> dict[str, Any]:
-    return {
-        name: measure.value if isinstance(measure, Rate) else measure
-        for name, measure in result.measures.items()
-    }
-
-
-def careful(undo_id: int) -> Policy:
-    def policy(response: list[int], stack: list[int], reference: list[int]) -> int:
-        right = stack == reference[: len(stack)]
-        return blind(response, stack, reference) if right else undo_id
-
-    return policy
 
 
 def test_evaluate_a_model_that_is_always_right(
@@ -175,6 +80,8 @@ def test_evaluate_a_model_that_never_undoes(
     assert {name: found[name] for name in zeros} == dict.fromkeys(zeros, 0.0)
     assert found["reduced"] == 1.0 and found["undo_auroc"] == 0.5
     assert found["parrot"] is None and found["mean_latency"] is None
+    assert found["correction_success"] is None and found["free_latency"] is None
+    assert (found["erred"], found["mean_undos"], found["repaired"]) == (0.0, 0.0, None)
 
 
 def test_evaluate_a_model_that_errs_once_and_repairs(
@@ -193,6 +100,8 @@ def test_evaluate_a_model_that_errs_once_and_repairs(
     assert (found["wrong_to_right"], found["right_to_wrong"]) == (1.0, None)
     assert (found["with_undo"], found["undo_precision"], found["undo_recall"]) == (1.0, 1.0, 1.0)
     assert found["false_undo"] == 0.0
+    assert (found["erred"], found["free_noticed"], found["repaired"]) == (1.0, 1.0, 1.0)
+    assert (found["free_latency"], found["mean_undos"]) == (1.0, 1.0)
     num_kept = sum(len(sample.problem.reference_ids) for sample in result.free)
     assert found["overhead"] == pytest.approx((num_kept + 2 * 30) / num_kept)
 
@@ -260,6 +169,60 @@ def test_evaluate_a_model_that_takes_back_one_token_too_many(
     assert found["corrected"] == 1.0 and found["forced_undo_recall"] == 1.0
     assert 0 < found["forced_undo_precision"] < 1
     assert found["false_undo"] == 0.0  # nothing to take back in free decoding
+
+
+def test_evaluate_a_model_that_notices_late_or_never(
+    tokenizer: Tokenizer, families: dict[str, list[Problem]]
+) -> None:
+    """The second token is wrong, and two more; then those with an odd first token undo."""
+    undo_id = tokenizer.undo_id
+
+    def policy(response: list[int], stack: list[int], reference: list[int]) -> int:
+        if len(response) == 1:
+            return reference[0] if reference[1] != reference[0] else reference[-2]
+        if len(response) < 4 or reference[0] % 2 == 0:
+            return blind(response, stack, reference)
+        return careful(undo_id)(response, stack, reference)
+
+    result = examine(tokenizer, families, policy)
+    found = values(result)
+    num_odd = sum(sample.problem.reference_ids[0] % 2 == 1 for sample in result.free)
+    assert 0 < num_odd < 30
+    assert (found["erred"], found["free_noticed"]) == (1.0, num_odd / 30)
+    assert (found["free_latency"], found["mean_undos"]) == (3.0, 3 * num_odd / 30)
+    assert result.measures["repaired"] == Rate(num_odd, num_odd)
+    # Of 3 wrong tokens those who notice take back 3; the others' whole rest is wrong.
+    num_wrong = sum(len(s.problem.reference_ids) - 1 for s in result.free
+                    if s.problem.reference_ids[0] % 2 == 0)  # fmt: skip
+    recall = result.measures["undo_recall"]
+    assert recall == Rate(3 * num_odd, 3 * num_odd + num_wrong, 30)
+    assert result.measures["undo_precision"] == Rate(3 * num_odd, 3 * num_odd, num_odd)
+
+
+def test_evaluate_correction_success_is_of_what_was_taken_back(
+    tokenizer: Tokenizer, families: dict[str, list[Problem]]
+) -> None:
+    """A third undoes and goes on rightly, a third undoes and errs again, a third does not undo."""
+    undo_id = tokenizer.undo_id
+
+    def policy(response: list[int], stack: list[int], reference: list[int]) -> int:
+        kind = reference[0] % 3
+        right = stack == reference[: len(stack)]
+        erred_again = undo_id in response and response[-1] != undo_id and not right
+        if kind == 0 or (kind == 1 and erred_again):
+            return blind(response, stack, reference)
+        if kind == 1 and right and undo_id in response:
+            at = len(stack)
+            return reference[0] if reference[at] != reference[0] else reference[-2]
+        return careful(undo_id)(response, stack, reference)
+
+    result = examine(tokenizer, families, policy)
+    kinds = [int(sample.problem.reference_ids[0]) % 3 for sample in result.forced]
+    num = [kinds.count(kind) for kind in range(3)]
+    assert min(num) > 0
+    assert result.measures["correction_success"] == Rate(num[2], num[1] + num[2])
+    assert result.measures["corrected"] == Rate(num[2], 30)
+    assert values(result)["exact_k"] == pytest.approx((num[1] + num[2]) / 30)
 
 
 def test_evaluate_a_nervous_model_undoes_right_tokens(
@@ -660,3 +623,10 @@ def test_launcher_refuses_in_one_line_before_torch(
                   *arguments)  # fmt: skip
     assert done.returncode == 2
     assert words in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_page_defines_every_measure() -> None:
+    page = (LAUNCHER.parents[1] / "docs" / "evaluation.md").read_text("utf-8")
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    defined = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(defined) == sorted(set(MEASURES) - {"n", "num_probes"})

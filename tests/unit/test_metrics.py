@@ -50,6 +50,15 @@ def test_rate_counts_and_has_no_value_of_nothing() -> None:
     assert Rate.over([]).value is None
 
 
+def test_an_interval_over_tokens_is_that_of_their_problems() -> None:
+    """15 of 20 tokens out of 4 responses are known as well as 3 of 4 responses, no better."""
+    report = Rate(15, 20, 4).as_dict()
+    assert (report["value"], report["num"], report["of"]) == (0.75, 15, 20)
+    assert (report["low"], report["high"]) == wilson(3, 4)
+    assert Rate(1, 2, 9).as_dict()["low"] == wilson(1, 2)[0]  # never more problems than tokens
+    assert Rate(0, 0, 0).as_dict()["high"] == 1.0
+
+
 def test_transitions_divide_by_their_own_side() -> None:
     banned = [True, True, True, False, False]
     reduced = [True, False, True, True, False]
@@ -188,6 +197,8 @@ def test_writing_a_right_head_again_is_no_revisit() -> None:
 def test_overhead_is_emitted_over_kept() -> None:
     assert overhead([ids(10, 50, U, 11), ids(10, 11)], [ids(10, 11), ids(10, 11)]) == 6 / 4
     assert overhead([ids(10, U)], [ids()]) is None
+    # Under `token`, 1 / (1 - 2u): one undo in five tokens.
+    assert overhead([ids(10, 50, U, 11, 12)], [ids(10, 11, 12)]) == pytest.approx(1 / (1 - 2 / 5))
 
 
 def test_auroc_counts_ties_half() -> None:
