@@ -112,7 +112,7 @@ def make_run(options: argparse.Namespace) -> tuple[Any, Any]:
         config, _ = plain(world_size, **rest)
         adamw = config.optimizer.model_copy(update={"name": "adamw"})
         config = config.model_copy(update={"optimizer": adamw})
-        return config, core.deepspeed_config(config, world_size=world_size)
+        return config, core.deepspeed_config(config, world_size=world_size, device="cpu")
 
     with (
         mock.patch.object(core, "model_keys", lambda tied: keys),

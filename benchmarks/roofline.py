@@ -107,15 +107,16 @@ def profile_of(run: Callable[[], Any]) -> dict[str, float]:
 
 def measure(case: str, steps: int) -> dict[str, Any]:
     """Engine, plain and a product in turns."""
-    import torch
-    import transformers
-
-    from nmar_ds.training.engine import close_process_group, start_process_group
     from nmar_ds.training.ranks import complete_environment, discover_ranks
 
     model, dtype, capacity = CASES[case]
     ranks = discover_ranks({})
-    complete_environment(os.environ, ranks)
+    complete_environment(os.environ, ranks)  # before torch, as launcher/train.py does it
+    import torch
+    import transformers
+
+    from nmar_ds.training.engine import close_process_group, start_process_group
+
     start_process_group(ranks, timeout_seconds=300)
     with tempfile.TemporaryDirectory(prefix="roofline-") as place:
         job = sides.job_of(model, place, dtype=dtype, capacity=capacity, steps=steps + 1)

@@ -217,11 +217,12 @@ def ours_worker(pipe: Connection, job: dict[str, Any], env: dict[str, str]) -> N
     """Take the packed rows; then a step for every message."""
     os.environ.update(env)
     os.environ["DS_ACCELERATOR"] = "cpu"
-    from nmar_ds.training.engine import close_process_group, start_process_group
     from nmar_ds.training.ranks import complete_environment, discover_ranks
 
     ranks = discover_ranks(os.environ)
-    complete_environment(os.environ, ranks)
+    complete_environment(os.environ, ranks)  # before torch, as launcher/train.py does it
+    from nmar_ds.training.engine import close_process_group, start_process_group
+
     start_process_group(ranks, timeout_seconds=300)
     import torch
 
@@ -256,7 +257,7 @@ def ours_loop(job: dict[str, Any], rows: list[Row], rank: int, world_size: int) 
         job["model"], dtype=getattr(torch, job["dtype"])
     )
     model = UndoTrainingModel(lm)
-    settings = deepspeed_config(config, world_size=world_size)
+    settings = deepspeed_config(config, world_size=world_size, device="cpu")
     optimizer = make_optimizer(
         model, config.optimizer, in_host_memory=not torch.cuda.is_available()
     )
@@ -274,6 +275,7 @@ def plain_worker(pipe: Connection, job: dict[str, Any], env: dict[str, str]) -> 
     """Our model and loss without an engine: one process, gradients summed, clipped, AdamW."""
     os.environ.update(env)
     os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # as our other side has it
     import torch
 
     if job["threads"]:

@@ -295,13 +295,17 @@ class OffloadSection(Section):
     """Page-locked host memory: faster copies, and it cannot be swapped out."""
 
 
+REDUCE_BUCKET = {"cuda": 500_000_000, "cpu": 1_000_000}
+
+
 class ZeroSection(Section):
-    """ZeRO-3 knobs; the defaults are DeepSpeed's, but for `gather_whole_layers`."""
+    """ZeRO-3 knobs; DeepSpeed's defaults, but for `gather_whole_layers` and a CPU's bucket."""
 
     overlap_comm: bool = True
     """Overlap gradient reduction with the backward (GPUs)."""
-    reduce_bucket_size: PositiveInt = 500_000_000
-    """Elements reduced at once."""
+    reduce_bucket_size: PositiveInt | None = None
+    """Elements reduced at once. By default 500 million on GPUs and one million on CPUs, where
+    copying gradients together costs more than sending them one by one."""
     prefetch_bucket_size: PositiveInt = 50_000_000
     """Elements gathered ahead of their use."""
     param_persistence_threshold: Annotated[int, Field(ge=0)] = 100_000
@@ -317,6 +321,10 @@ class ZeroSection(Section):
     """Elements of a rank that one optimizer call updates; bounds what it needs beside its state."""
     offload_optimizer: OffloadSection | None = None
     """Where given, the optimizer lives in host memory; `offload_optimizer: {}` is enough."""
+
+    def reduced_at_once(self, device: str) -> int:
+        """Elements of a bucket of gradients on `cuda` or `cpu`."""
+        return self.reduce_bucket_size or REDUCE_BUCKET[device]
 
 
 class RunConfig(Section):
@@ -392,8 +400,8 @@ class RunConfig(Section):
             )
 
 
-def deepspeed_config(config: RunConfig, *, world_size: int) -> dict[str, Any]:
-    """The dictionary handed to DeepSpeed, with every default that matters spelt out.
+def deepspeed_config(config: RunConfig, *, world_size: int, device: str) -> dict[str, Any]:
+    """The dictionary handed to DeepSpeed on `cuda` or `cpu`, with every default that matters.
 
     Clipping is explicit because DeepSpeed clips at 1.0 when the key is absent (its PR #8068).
     Gradients are reduced and accumulated in fp32 whatever the model's dtype.
@@ -414,7 +422,7 @@ def deepspeed_config(config: RunConfig, *, world_size: int) -> dict[str, Any]:
             "stage": 3,
             "overlap_comm": config.zero.overlap_comm,
             "contiguous_gradients": True,
-            "reduce_bucket_size": config.zero.reduce_bucket_size,
+            "reduce_bucket_size": config.zero.reduced_at_once(device),
             "stage3_prefetch_bucket_size": config.zero.prefetch_bucket_size,
             "stage3_param_persistence_threshold": config.zero.param_persistence_threshold,
             "stage3_max_live_parameters": config.zero.max_live_parameters,

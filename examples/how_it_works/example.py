@@ -159,7 +159,8 @@ def float64_model(config: RunConfig, plan: RunPlan) -> tuple[Any, str]:
     """The run's model as `run.py` builds it, on one process and in double precision."""
     facts = plan.store.manifest["tokenizer"]
     loaded = loading.load_model(
-        config.model, deepspeed_config(config, world_size=1), tokenizer_size=facts["size"],
+        config.model, deepspeed_config(config, world_size=1, device="cpu"),
+        tokenizer_size=facts["size"],
         undo_id=facts["undo_id"], tokenizer_fingerprint=facts["fingerprint"],
         ids={f"{name}_token_id": facts[f"{name}_id"] for name in ("bos", "eos", "pad")},
         seed=config.seed, undo_init=plan.undo_init, partition=False,

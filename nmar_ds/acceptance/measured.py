@@ -15,7 +15,7 @@ from nmar_ds.data.packing import pack
 from nmar_ds.model.loading import load_model
 from nmar_ds.model.training_model import UndoTrainingModel
 from nmar_ds.traces.schema import Role
-from nmar_ds.training.engine import Engine, ProcessPeers, make_optimizer
+from nmar_ds.training.engine import Engine, ProcessPeers, device_kind, make_optimizer
 from nmar_ds.training.loop import forward_arguments
 
 NO_IDS: dict[str, int | None] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
@@ -74,7 +74,7 @@ def saved_bytes(
 def small_engine(config: RunConfig, *, vocab: int) -> Engine:
     """The engine of a run whose model is `model.config` or a folder. Collective."""
     peers = ProcessPeers()
-    settings = deepspeed_config(config, world_size=peers.world_size)
+    settings = deepspeed_config(config, world_size=peers.world_size, device=device_kind())
     loaded = load_model(
         config.model, settings, tokenizer_size=vocab, undo_id=vocab - 1, ids=NO_IDS,
         seed=config.seed, peers=peers,

@@ -27,7 +27,7 @@ from nmar_ds.model.loading import load_model
 from nmar_ds.model.training_model import UndoTrainingModel
 from nmar_ds.model.vocabulary import known_rows
 from nmar_ds.model.weighting import PLAIN, LossOptions
-from nmar_ds.training.engine import Engine, ProcessPeers, all_reduce, make_optimizer
+from nmar_ds.training.engine import Engine, ProcessPeers, all_reduce, device_kind, make_optimizer
 from nmar_ds.training.loop import TrainingLoop
 
 
@@ -105,7 +105,7 @@ def settings(
             "zero": {"param_persistence_threshold": persistence},
         }
     )
-    return config, deepspeed_config(config, world_size=world_size)
+    return config, deepspeed_config(config, world_size=world_size, device=device_kind())
 
 
 class Recording(Engine):

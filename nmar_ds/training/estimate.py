@@ -107,7 +107,7 @@ def memory_of(
         saved=saved_bytes(shape, tokens, item, recompute=config.model.activation_checkpointing),
         recomputed=layer_bytes(shape, tokens, item) if config.model.activation_checkpointing else 0,
         loss=loss_bytes(shape, tokens, item, device),
-        buffers=_buffer_bytes(config, shape),
+        buffers=_buffer_bytes(config, shape, device),
         # A flat copy of the sub-group's gradients, and two of AdamW's intermediate results.
         step=0 if offloaded else FP32 * group * (3 if moments else 1),
         # DeepSpeed copies the gradients once more for the optimizer.
@@ -155,7 +155,7 @@ def loss_bytes(shape: Architecture, tokens: int, item: int, device: str) -> int:
     return loss_kept_bytes(shape, tokens, item) + logits + narrow * head
 
 
-def _buffer_bytes(config: RunConfig, shape: Architecture) -> int:
+def _buffer_bytes(config: RunConfig, shape: Architecture, device: str) -> int:
     """Gathered weights, one large gradient, and the buffers through which it is reduced."""
     zero, item = config.zero, _item(config)
     head = shape.rows * shape.hidden
@@ -166,7 +166,7 @@ def _buffer_bytes(config: RunConfig, shape: Architecture) -> int:
     # The bucket is always there, in fp32; what leaves it is flattened once more. A matrix that
     # does not fit is turned to fp32 by itself.
     alone = max(head, *shape.layer_matrices())
-    bucket = zero.reduce_bucket_size
+    bucket = zero.reduced_at_once(device)
     leaving = min(bucket, shape.num_weights) if alone <= bucket else 2 * alone
     return gathered + item * alone + FP32 * (bucket + leaving)
 

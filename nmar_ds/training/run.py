@@ -26,6 +26,7 @@ from nmar_ds.training.engine import (
     Engine,
     ProcessPeers,
     close_process_group,
+    device_kind,
     naming_lost_peers,
     start_process_group,
 )
@@ -172,7 +173,7 @@ def _attempt(
         return True
     if told_to_stop(stop, peers, first_step):
         return False
-    settings = deepspeed_config(config, world_size=ranks.world_size)
+    settings = deepspeed_config(config, world_size=ranks.world_size, device=device_kind())
     with peers.share_errors():
         engine, undo_row = build_engine(config, plan, settings, peers)
     # Every rank draws the same numbers before this line; dropout and the like must differ after.

@@ -83,7 +83,7 @@ def poisoned_run(
     config, _ = settings(2, global_rows=4, persistence=0, learning_rate=0.05)
     section = ModelSection(config=model_keys(True), dtype=dtype)
     config = config.model_copy(update={"model": section})
-    ds_settings = deepspeed_config(config, world_size=2)
+    ds_settings = deepspeed_config(config, world_size=2, device="cpu")
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     loaded = load_model(section, ds_settings, tokenizer_size=VOCAB, undo_id=UNDO, ids=ids, seed=3)
     model = UndoTrainingModel(loaded.model)
@@ -186,7 +186,7 @@ def load_folder(
     undo_init = UndoInit(**(init or {}))
     section = ModelSection(path=folder, dtype=dtype)
     config = config.model_copy(update={"model": section})
-    ds_settings = deepspeed_config(config, world_size=dist.get_world_size())
+    ds_settings = deepspeed_config(config, world_size=dist.get_world_size(), device="cpu")
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     loaded = load_model(
         section,
@@ -232,7 +232,9 @@ def _ds_settings(dtype: str) -> dict[str, Any]:
 
     config, _ = settings(2, global_rows=4, persistence=0, learning_rate=0.05)
     section = ModelSection(path="unused", dtype=dtype)  # type: ignore[arg-type]
-    found = deepspeed_config(config.model_copy(update={"model": section}), world_size=2)
+    found = deepspeed_config(
+        config.model_copy(update={"model": section}), world_size=2, device="cpu"
+    )
     loading._KEPT_ALIVE[:] = [HfDeepSpeedConfig(found)]
     return found
 

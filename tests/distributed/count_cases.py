@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from typing import Any
+from unittest import mock
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from nmar_ds.acceptance.step import tiny_run
@@ -57,3 +59,39 @@ def collectives(*, idle_rank: int | None = None, num_micro_batches: int = 6) -> 
         for name in plain:
             delattr(backend, name)
     return {"counts": counts, "losses": losses}
+
+
+def last_gradients() -> dict[str, Any]:
+    """One clipped step; what the optimizer was given as gradients, and their norm. Collective."""
+    tiny = tiny_run(tied=False, global_rows=2, num_traces=200)
+    tiny.engine.train()
+    zero = tiny.engine._engine.optimizer
+    buffer = zero.grad_partitions_flat_buffer.untyped_storage()
+    flat, blocks = [], [0]
+    flatten, double = zero.flatten, torch.Tensor.double
+
+    def watched_flatten(parts: Any) -> torch.Tensor:
+        made: torch.Tensor = flatten(parts)
+        flat.append(made.untyped_storage().data_ptr() == buffer.data_ptr())
+        assert torch.equal(made, torch.cat([part.reshape(-1) for part in parts]))
+        return made
+
+    def watched_double(tensor: torch.Tensor) -> torch.Tensor:
+        blocks.append(tensor.numel())
+        return double(tensor)
+
+    batch = tiny.loader.batches_of_step(0)[0]
+    weights = np.array([0.0, 1.0, 0.0, 1.0, 1.0])
+    result: MicroBatchLoss = tiny.engine(**forward_arguments(batch, weights, tiny.engine.device))
+    tiny.engine.backward(result.loss_sum)
+    squares = sum(float(g.double().square().sum()) for g in tiny.engine.full_gradients().values())
+    before = tiny.engine.full_weights()
+    with mock.patch.object(torch.Tensor, "double", watched_double):
+        zero.flatten = watched_flatten
+        tiny.engine.step()
+    after = tiny.engine.full_weights()
+    return {
+        "flat": flat, "norm": tiny.engine.gradient_norm(), "norm of all": squares**0.5,
+        "largest norm block": max(blocks),
+        "moved": max(float((after[name] - before[name]).abs().max()) for name in after),
+    }  # fmt: skip

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from count_cases import collectives
+import pytest
+from count_cases import collectives, last_gradients
 from pool import RankPool
 
 
@@ -18,3 +19,11 @@ def test_ranks_make_the_same_collectives_whatever_they_train(two_ranks: RankPool
     assert counts[0][2:] == [expected] * 3
     # each layer whole, twice at most: embedding, two layers, the last norm, head
     assert counts[0][0]["all_gather_into_tensor"] <= 10
+
+
+def test_the_optimizer_reads_the_gradients_where_they_lie(two_ranks: RankPool) -> None:
+    for run in two_ranks.run(last_gradients):
+        assert run["flat"] and all(run["flat"])  # no copy of any sub-group's
+        assert run["norm"] == pytest.approx(run["norm of all"], rel=1e-12)
+        assert run["norm of all"] > 0 and run["largest norm block"] <= 1 << 18
+        assert run["moved"] > 0

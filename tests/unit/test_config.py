@@ -535,7 +535,7 @@ def test_accumulation_steps(tmp_path: Path) -> None:
 @pytest.mark.parametrize("norm", [0.0, 1.0, 0.5])
 def test_deepspeed_dictionary(norm: float, tmp_path: Path) -> None:
     config = load_config(write(tmp_path, FULL), [f"optimizer.max_grad_norm={norm}"])
-    made = deepspeed_config(config, world_size=3)
+    made = deepspeed_config(config, world_size=3, device="cpu")
     assert made["gradient_clipping"] == norm  # absent, DeepSpeed clips at 1.0
     assert made["train_micro_batch_size_per_gpu"] == 2
     assert made["gradient_accumulation_steps"] == 2
@@ -552,11 +552,19 @@ def test_deepspeed_dictionary(norm: float, tmp_path: Path) -> None:
     assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": False}
     assert made["zero_force_ds_cpu_optimizer"] is False
     adamw = load_config(write(tmp_path, FULL), ["optimizer.name=adamw", "model.dtype=bfloat16"])
-    made = deepspeed_config(adamw, world_size=1)
-    plain = deepspeed_config(load_config(write(tmp_path, SMALL)), world_size=1)
+    made = deepspeed_config(adamw, world_size=1, device="cpu")
+    plain = deepspeed_config(load_config(write(tmp_path, SMALL)), world_size=1, device="cpu")
     assert "offload_optimizer" not in plain["zero_optimization"]
     assert "zero_force_ds_cpu_optimizer" not in plain
     assert made["zero_allow_untested_optimizer"] is False and made["bf16"] == {"enabled": True}
+
+
+def test_gradients_are_reduced_in_buckets_that_suit_the_device(tmp_path: Path) -> None:
+    for device, size in (("cuda", 500_000_000), ("cpu", 1_000_000)):
+        made = deepspeed_config(load_config(write(tmp_path, SMALL)), world_size=1, device=device)
+        assert made["zero_optimization"]["reduce_bucket_size"] == size
+        made = deepspeed_config(load_config(write(tmp_path, FULL)), world_size=2, device=device)
+        assert made["zero_optimization"]["reduce_bucket_size"] == 1000  # as it is written there
 
 
 def test_deepspeed_knows_every_key_of_its_dictionary(tmp_path: Path) -> None:
@@ -564,7 +572,7 @@ def test_deepspeed_knows_every_key_of_its_dictionary(tmp_path: Path) -> None:
     from deepspeed.runtime import constants
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    made = deepspeed_config(load_config(write(tmp_path, FULL)), world_size=2)
+    made = deepspeed_config(load_config(write(tmp_path, FULL)), world_size=2, device="cpu")
     names = {value for value in vars(constants).values() if isinstance(value, str)}
     names |= {"zero_optimization", "bf16"}  # kept elsewhere, as is the next line's
     assert set(made) <= names

@@ -130,7 +130,11 @@ def test_a_process_alone_gets_all_that_deepspeed_insists_on() -> None:
 def test_a_launched_process_keeps_its_meeting_place() -> None:
     environ = launched(3, 1, 4, LOCAL_WORLD_SIZE=2)
     complete_environment(environ, discover_ranks(environ))
-    assert environ == launched(3, 1, 4, LOCAL_WORLD_SIZE=2, LOCAL_SIZE=2)
+    expected = launched(3, 1, 4, LOCAL_WORLD_SIZE=2, LOCAL_SIZE=2)
+    assert environ == expected | {"THP_MEM_ALLOC_ENABLE": "1"}
+    environ["THP_MEM_ALLOC_ENABLE"] = "0"  # whoever does not want it says so
+    complete_environment(environ, discover_ranks(environ))
+    assert environ["THP_MEM_ALLOC_ENABLE"] == "0"
 
 
 def test_threads_are_shared_out_unless_the_user_chose(monkeypatch: pytest.MonkeyPatch) -> None:
