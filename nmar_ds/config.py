@@ -232,10 +232,13 @@ class TrainingSection(Section):
     """Refuse to start with another number of ranks."""
     log_every: PositiveInt = 10
     """Steps between figures in the log and in TensorBoard."""
-    eval_every: PositiveInt | None = None
-    """Steps between held-out losses; they are always taken at the start and at the end."""
+    eval_every: PositiveInt | None = 500
+    """Steps between held-out figures; they are always taken at the start and at the end, and with
+    null only then."""
     eval_rows: PositiveInt = 16
     """Packed rows of held-out traces per evaluation."""
+    eval_decodes: Annotated[int, Field(ge=0)] = 2
+    """Held-out prompts that each evaluation answers for TensorBoard's table; 0: none."""
     max_nonfinite_steps: PositiveInt = 3
     """This many non-finite steps in a row stop the run."""
     timeout_seconds: PositiveInt = 300

@@ -94,7 +94,7 @@ class UndoTrainingModel(nn.Module):
         known_K: Tensor | None = None,
         undo_id: int = -1,
     ) -> MicroBatchLoss | Tensor:
-        """Loss of a micro-batch, logits for the canary, or the norms of the undo row.
+        """Loss of a micro-batch, logits for the canary, next ids, or the norms of the undo row.
 
         Args:
             input_ids_BT: int64[B, T].
@@ -110,17 +110,17 @@ class UndoTrainingModel(nn.Module):
             mode: "loss"; "nll", the loss of every response target whatever its weight, without
                 gradient (with `undo_id`, that of `<UNDO>` at every such place as well);
                 "logits" (this module's path) or "stock_logits" (the wrapped model's own forward
-                and head), at `positions_M`; "row_norms", which takes no batch but `known_K` and
-                `undo_id` (see `row_norms`).
-            positions_M: int64[M] flat positions, for the logits modes.
+                and head), at `positions_M`; "greedy", the likeliest next id there out of `known_K`;
+                "row_norms", which takes no batch but `known_K` and `undo_id` (see `row_norms`).
+            positions_M: int64[M] flat positions, for the logits modes and "greedy".
             known_K: bool[K], the rows of real tokens.
             undo_id: row of `<UNDO>`.
 
         Returns:
             `MicroBatchLoss`; or for "nll" float[N], 0 where there is no response target (with
             `undo_id` float[2, N], the target's and that of `<UNDO>`); or
-            logits [M, V]; both in float32 (float64 for a float64 model); or for "row_norms"
-            float64[4 or 5].
+            logits [M, V]; both in float32 (float64 for a float64 model); or for "greedy" int64[M];
+            or for "row_norms" float64[4 or 5].
         """
         if mode == "row_norms":
             assert known_K is not None
@@ -148,9 +148,10 @@ class UndoTrainingModel(nn.Module):
         head = self.lm.get_output_embeddings()
         weight_VH = head.weight
         bias_V = getattr(head, "bias", None)
-        if mode == "logits":
+        if mode in ("logits", "greedy"):
             logits_MV = F.linear(hidden_NH[positions_M], weight_VH, bias_V)
-            return self.logit_map(_at_least_float(logits_MV))
+            logits_MV = self.logit_map(_at_least_float(logits_MV))
+            return logits_MV if mode == "logits" else _likeliest(logits_MV, known_K)
         if mode == "nll":
             assert targets_N is not None and roles_N is not None
             asked = [targets_N]
@@ -252,6 +253,12 @@ def _untrained(trained_N: Tensor, roles_N: Tensor) -> Tensor:
     """Rows of the response targets that are not trained; there may be none."""
     response_N = (roles_N != NO_ROLE) & (roles_N != Role.PROMPT)
     return torch.nonzero(response_N & ~trained_N)[:, 0]
+
+
+def _likeliest(logits_MV: Tensor, known_K: Tensor | None) -> Tensor:
+    """int64[M] the likeliest id out of the known ones."""
+    assert known_K is not None
+    return logits_MV[:, : len(known_K)].masked_fill(~known_K, -torch.inf).argmax(dim=1)
 
 
 def _at_least_float(logits_MV: Tensor) -> Tensor:

@@ -140,6 +140,7 @@ class TrainingLoop:
         saver: publishes checkpoints.
         save_every: steps between checkpoints, or None for the end only.
         measure_heldout: held-out scalars by tag. Collective.
+        decode_heldout: decodes of held-out prompts as Markdown, "" for none. Collective.
         stop_requested: whether this rank was told to stop; asked once per step.
         enter_phase: told what begins, for the watchdog.
         hosts: of the ranks, for the line about a slow one; may be empty.
@@ -160,6 +161,7 @@ class TrainingLoop:
         saver: Saver,
         save_every: int | None,
         measure_heldout: Callable[[], dict[str, float]],
+        decode_heldout: Callable[[], str] = str,
         stop_requested: Callable[[], bool],
         enter_phase: Callable[[str], None] = lambda phase: None,
         hosts: Sequence[str] = (),
@@ -176,6 +178,7 @@ class TrainingLoop:
         self.saver = saver
         self.save_every = save_every
         self.measure_heldout = measure_heldout
+        self.decode_heldout = decode_heldout
         self.stop_requested = stop_requested
         self.enter_phase = enter_phase
         self.hosts = hosts
@@ -186,6 +189,8 @@ class TrainingLoop:
         # Seconds, tokens, trained tokens and steps on this rank since the last log, without the
         # time that evaluations and checkpoints take.
         self._pace = np.zeros(4)
+        self._began = time.monotonic()
+        self._heldout_seconds = 0.0  # of this attempt
 
     def run(self, first_step: int) -> bool:
         """Train from `first_step` (steps already done) to the end or to a stop signal.
@@ -197,6 +202,7 @@ class TrainingLoop:
             DivergenceError: too many non-finite steps in a row.
             SaveError: a checkpoint that could not be written.
         """
+        self._began = time.monotonic()
         if first_step == 0:
             self._evaluate(0)
         self.engine.train()
@@ -250,8 +256,19 @@ class TrainingLoop:
         self.enter_phase("first step" if self.is_first_step else phase)
 
     def _evaluate(self, done: int) -> None:
+        """Measure and decode on held-out traces, and say what share of the time that takes."""
         self.enter_phase("evaluation")
-        self.monitor.measured(done, self.measure_heldout())
+        started = time.monotonic()
+        values = self.measure_heldout()
+        decodes = self.decode_heldout()
+        now = time.monotonic()
+        self._heldout_seconds += now - started
+        values["time/heldout_seconds"] = now - started
+        if done > 0:  # before the first step it is all there is
+            values["time/heldout_share"] = self._heldout_seconds / (now - self._began)
+        self.monitor.measured(done, values)
+        if decodes:
+            self.monitor.text(done, "heldout/decodes", decodes)
         self.engine.train()
 
     def _save_or_settle(self, done: int, *, last: bool) -> None:

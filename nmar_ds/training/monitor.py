@@ -15,27 +15,20 @@ from tqdm import tqdm
 
 from nmar_ds.files import about
 
-# TensorBoard's "Custom scalars": what one wants to know of a run, on one screen.
+# TensorBoard's "Custom scalars": what one wants to know of a run, on one screen. One curve a chart:
+# TensorBoard colours by run, so that curves of one chart are told apart only by opening a list.
 SCREEN = {
-    "undo": {
-        "Is it learning to undo? P(<UNDO>) after a forced error, and count right": [
-            "Multiline",
-            ["heldout/p_undo_at_first_place", "heldout/p_undo_where_due",
-             "heldout/undo_count_accuracy"],
-        ],
-        "Does it undo what is right? P(<UNDO>) on right tokens": [
-            "Multiline", ["heldout/p_undo_elsewhere"],
-        ],
-        "Is it learning to err? log p(error | prefix) per token": [
-            "Multiline", ["heldout/log_p_deviation_per_token"],
-        ],
-        "Held-out loss by role": [
-            "Multiline",
-            ["heldout/loss_prefix", "heldout/loss_deviation", "heldout/loss_undo",
-             "heldout/loss_correction"],
-        ],
-    }
-}  # fmt: skip
+    "Is it learning to undo?": {
+        "P(UNDO) right after an error": ["Multiline", ["heldout/p_undo_at_first_place"]],
+        "errors that get exactly their undos": ["Multiline", ["heldout/undo_count_accuracy"]],
+        "P(UNDO) where all is right": ["Multiline", ["heldout/p_undo_elsewhere"]],
+    },
+    "Is it learning to err?": {
+        "log p(error | prefix) per token": ["Multiline", ["heldout/log_p_deviation_per_token"]],
+        "loss on right tokens (prefix)": ["Multiline", ["heldout/loss_prefix"]],
+        "loss after an undo (correction)": ["Multiline", ["heldout/loss_correction"]],
+    },
+}
 
 
 class Monitor:
@@ -108,19 +101,36 @@ class Monitor:
             for tag, value in values.items():
                 self._writer.add_scalar(tag, value, step)
             self._writer.flush()
-        except OSError as error:  # curves are no reason to lose a run
-            self._writer = None
-            self.say(f"curves    stop at step {step}: {about(error, self._folder)}")
+        except OSError as error:
+            self._stop_curves(step, error)
+
+    def text(self, step: int, tag: str, markdown: str) -> None:
+        """Write a page of TensorBoard's "Text" at an optimizer step."""
+        if self._writer is None:
+            return
+        try:
+            self._writer.add_text(tag, markdown, step)
+            self._writer.flush()
+        except OSError as error:
+            self._stop_curves(step, error)
+
+    def _stop_curves(self, step: int, error: OSError) -> None:
+        """Curves are no reason to lose a run."""
+        self._writer = None
+        self.say(f"curves    stop at step {step}: {about(error, self._folder)}")
 
     def measured(self, step: int, values: dict[str, float]) -> None:
-        """Write held-out scalars, and the losses and P(`<UNDO>`) as one line."""
+        """Write held-out scalars; the losses, P(`<UNDO>`) and the time that it took as one line."""
         self.scalars(step, values)
         shown = "  ".join(
             f"{tag.removeprefix('heldout/').removeprefix('loss_')} {value:.3f}"
             for tag, value in values.items()
             if tag.startswith(("heldout/loss_", "heldout/p_undo", "heldout/undo_count"))
         )
-        self.say(f"held-out after step {step}: {shown}")
+        took = f"{values['time/heldout_seconds']:.1f} s"
+        if "time/heldout_share" in values:
+            took += f", {values['time/heldout_share']:.1%} of the time so far"
+        self.say(f"held-out after step {step}: {shown}  ({took})")
 
     def progress(self, step: int, values: dict[str, float]) -> None:
         """One line of progress, with the time left at the pace so far."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from nmar_ds.model.canary import CanaryReport, run_canary
 from nmar_ds.model.loading import load_model, trainable_parameters
 from nmar_ds.model.training_model import UndoTrainingModel
 from nmar_ds.model.vocabulary import known_rows
-from nmar_ds.training import checkpoints, heldout
+from nmar_ds.training import checkpoints, decodes, heldout
 from nmar_ds.training.engine import (
     Engine,
     ProcessPeers,
@@ -118,7 +119,7 @@ def make_loop(
     saver: Saver,
     stop: StopSignal,
     enter_phase: Callable[[str], None],
-    hosts: list[str],
+    peers: ProcessPeers,
 ) -> TrainingLoop:
     """The loop, given its ways to save and to measure."""
     heldout_loader = loader_of("heldout", config, plan, ranks)
@@ -151,10 +152,42 @@ def make_loop(
         saver=saver,
         save_every=config.checkpoint.every,
         measure_heldout=measure_heldout,
+        decode_heldout=_decoder_of_heldout(config, plan, ranks, engine, peers),
         stop_requested=stop,
         enter_phase=enter_phase,
-        hosts=hosts,
+        hosts=peers.gather(socket.gethostname()),
     )
+
+
+def _decoder_of_heldout(
+    config: RunConfig, plan: RunPlan, ranks: Ranks, engine: Engine, peers: ProcessPeers
+) -> Callable[[], str]:
+    """What decodes the prompts of `training.eval_decodes`; rank 0 makes the table."""
+    machine, facts = plan.heldout.machine, plan.store.manifest["tokenizer"]
+    with peers.share_errors():
+        chosen = decodes.choose(plan.heldout, config.training.eval_decodes, machine)
+        tokenizer = plan.heldout.tokenizer() if chosen and ranks.rank == 0 else None
+    if not chosen:
+        return str
+    lm: Any = engine.module.lm
+    max_length = config.data.sequence_length
+    max_length = min(max_length, getattr(lm.config, "max_position_embeddings", max_length))
+
+    def decode() -> str:
+        found = decodes.decode_exercises(
+            engine,
+            chosen,
+            machine=machine,
+            eos_id=facts["eos_id"],
+            num_known=facts["size"],
+            max_length=max_length,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            sum_over_ranks=all_reduce,
+        )
+        return "" if tokenizer is None else decodes.table(tokenizer, machine, chosen, found)
+
+    return decode
 
 
 def make_saver(

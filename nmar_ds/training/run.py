@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -213,7 +212,7 @@ def _attempt(
         saver = make_saver(config, plan, ranks, engine, monitor=monitor, peers=peers, found=found)
         loop = make_loop(
             config, plan, ranks, engine, loader=loader, monitor=monitor, saver=saver, stop=stop,
-            enter_phase=enter_phase, hosts=peers.gather(socket.gethostname()),
+            enter_phase=enter_phase, peers=peers,
         )  # fmt: skip
         try:
             complete = loop.run(first_step)

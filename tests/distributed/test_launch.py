@@ -5,6 +5,7 @@ One module of real launches; everything else shares a persistent pool of ranks.
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import random
@@ -20,6 +21,8 @@ import numpy as np
 import pytest
 import yaml
 from pool import free_port
+
+from nmar_ds.training.monitor import SCREEN
 
 ROOT = Path(__file__).resolve().parents[2]
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
@@ -301,7 +304,16 @@ def test_tensorboard_holds_the_promised_curves(whole: tuple[Path, str]) -> None:
         "throughput/step_seconds", "packing/use",
         "undo_row/input_norm", "undo_row/output_norm",
         "undo_row/mean_known_input_norm", "undo_row/mean_known_output_norm",
+        "time/heldout_seconds", "time/heldout_share",
     }  # fmt: skip
+    shown = [tag for charts in SCREEN.values() for _, names in charts.values() for tag in names]
+    assert len(shown) >= 5 and set(shown) <= tags
+    (share,) = events.Scalars("time/heldout_share")
+    spent = [event.value for event in events.Scalars("time/heldout_seconds")]
+    assert share.step == STEPS and len(spent) == 2 and 0 < share.value < 1
+    stepped = sum(event.value for event in events.Scalars("throughput/step_seconds"))
+    assert share.value <= sum(spent) / (sum(spent) + stepped) + 1e-6
+    assert "of the time so far)" in whole[1]
     assert [event.step for event in events.Scalars("loss/total")] == list(range(1, STEPS + 1))
     assert [event.step for event in events.Scalars("heldout/p_undo_at_first_place")] == [0, STEPS]
     norms = events.Scalars("undo_row/input_norm")
@@ -310,6 +322,31 @@ def test_tensorboard_holds_the_promised_curves(whole: tuple[Path, str]) -> None:
     assert "undo_row/output_bias" not in tags
     line = next(line for line in whole[1].splitlines() if line.startswith("undo row  row "))
     assert f"norm {norms[0].value:.4g} in (mean of known rows " in line
+
+
+def test_tensorboard_holds_a_table_of_decodes(whole: tuple[Path, str], prepared: Path) -> None:
+    """Two prompts, each by itself and after its own error, under the first and the last weights."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from nmar_ds.data.store import Store
+    from nmar_ds.training.decodes import choose
+
+    store = Store(prepared / "store" / "heldout")
+    tokenizer = store.tokenizer()
+    chosen = choose(store, 2, store.machine)
+    assert [len(each.forced_ids) > 0 for each in chosen] == [False, True] * 2
+    events = EventAccumulator(str(whole[0] / "tensorboard"))
+    events.Reload()
+    tables = events.Tensors("heldout/decodes/text_summary")
+    assert [event.step for event in tables] == [0, STEPS]
+    texts = [html.unescape(event.tensor_proto.string_val[0].decode()) for event in tables]
+    assert texts[0] != texts[1]
+    for text in texts:
+        rows = text.splitlines()[2:]
+        assert len(rows) == len(chosen)
+        for row, exercise in zip(rows, chosen, strict=True):
+            assert row.startswith(f"| {tokenizer.decode(exercise.prompt_ids)} | ")
+            assert re.search(r" \| (right|(wrong|cut off), expected \w.*) \|$", row), row
 
 
 def test_a_pretrained_folder_with_a_start_and_an_objective_of_its_own(prepared: Path) -> None:

@@ -90,6 +90,7 @@ FULL: dict[str, Any] = {
         "log_every": 1,
         "eval_every": 4,
         "eval_rows": 8,
+        "eval_decodes": 3,
         "max_nonfinite_steps": 2,
         "timeout_seconds": 60,
         "slow_timeout_seconds": 600,
