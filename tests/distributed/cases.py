@@ -317,3 +317,59 @@ def loading_memory(folder: str, tiny: str, *, loader: str) -> dict[str, int]:
         "growth": _status("VmHWM") - before,
         "partitions": sum(4 * -(-p.ds_numel // 2) for p in model.parameters()),
     }
+
+
+def heldout_figures(*, measuring: bool, num_steps: int = 3) -> dict[str, Any]:
+    """Held-out values and decodes before, between and after steps of the real loop.
+
+    Without `measuring` the same steps alone. The weights come at the end.
+    """
+    from types import SimpleNamespace
+
+    import torch.distributed as dist
+
+    from nmar_ds.data.loader import count_targets
+    from nmar_ds.traces.reduction import Machine
+    from nmar_ds.traces.schema import Role
+    from nmar_ds.training import decodes, heldout
+    from nmar_ds.training.engine import all_reduce
+    from nmar_ds.training.loop import TrainingLoop, forward_arguments
+
+    tiny = core.tiny_run()
+    engine, loader, source = tiny.engine, tiny.loader, tiny.loader.source
+    weights = np.array([0.0, 1.0, 0.0, 1.0, 1.0])
+    num_traces = len(make_traces())
+    traces = SimpleNamespace(
+        ids=source.ids, roles=source.roles, role_counts=count_targets(num_traces, source.roles)
+    )
+    chosen = decodes.choose(traces, 3, Machine(UNDO))  # type: ignore[arg-type]
+    loop = TrainingLoop(
+        engine, loader, weights=weights, denominator_kind="common", optimizer=tiny.config.optimizer,
+        training=tiny.config.training, total_steps=4, monitor=Quiet(),  # type: ignore[arg-type]
+        saver=Unsaved(), save_every=None, measure_heldout=dict, stop_requested=lambda: False,
+    )  # fmt: skip
+
+    def onsets(trace: int) -> np.ndarray[Any, Any]:
+        wrong = source.roles(trace) == Role.DEVIATION
+        return np.flatnonzero(wrong & ~np.concatenate([[False], wrong[:-1]])).astype(np.int32)
+
+    def measure() -> tuple[dict[str, float], list[list[int]]]:
+        values = heldout.measure(
+            engine, loader, num_rows=5, undo_id=UNDO, onsets=onsets, reduce=all_reduce,
+            arguments=lambda batch: forward_arguments(batch, weights, engine.device),
+        )  # fmt: skip
+        found = decodes.decode_exercises(
+            engine, chosen, machine=Machine(UNDO), eos_id=1, num_known=VOCAB, max_length=LENGTH,
+            rank=dist.get_rank(), world_size=dist.get_world_size(), sum_over_ranks=all_reduce,
+        )  # fmt: skip
+        return values, [decoded.raw_ids.tolist() for decoded in found]
+
+    measured = [measure()] if measuring else []
+    for step in range(num_steps):
+        loop.forward_backward(step, also_untrained=False)
+        measured += [measure()] if measuring else []
+    return {
+        "measured": measured,
+        "forced": [len(exercise.forced_ids) for exercise in chosen],
+        "weights": {n: v.float().numpy() for n, v in engine.full_weights().items()},
+    }

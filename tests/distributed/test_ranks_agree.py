@@ -139,3 +139,25 @@ def test_the_undo_row_starts_alike_for_any_number_of_ranks(
             np.testing.assert_array_equal(result["weights"][name], value)
         assert result["norms"] == pytest.approx(norms, rel=1e-9)
         assert result["report"].startswith(str(UndoInit(**init)))
+
+
+def test_heldout_figures_and_decodes_are_those_of_one_rank(
+    one_rank: RankPool, two_ranks: RankPool
+) -> None:
+    """The same on both ranks; and training goes on, to the last bit, as if none had been taken."""
+    first, second = two_ranks.run(cases.heldout_figures, measuring=True)
+    assert first["measured"] == second["measured"]
+    (alone,) = one_rank.run(cases.heldout_figures, measuring=True)
+    assert len(alone["measured"]) == 4 and len(alone["forced"]) == 6 and max(alone["forced"]) > 1
+    for (values, decodes), (own_values, own_decodes) in zip(
+        first["measured"], alone["measured"], strict=True
+    ):
+        assert decodes == own_decodes
+        assert values == pytest.approx(own_values, rel=1e-5)
+        assert {"heldout/p_undo_elsewhere", "heldout/undo_count_accuracy"} < set(values)
+    texts = [decodes for _, decodes in alone["measured"]]
+    assert texts[0] != texts[-1], "the weights have moved"
+    assert len({len(ids) for ids in texts[-1]}) > 1
+    untouched, _ = two_ranks.run(cases.heldout_figures, measuring=False)
+    for name, value in untouched["weights"].items():
+        np.testing.assert_array_equal(first["weights"][name], value, err_msg=name)
