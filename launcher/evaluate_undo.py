@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from nmar_ds.errors import ConfigError, NmarError
 
@@ -57,80 +59,135 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--samples", type=int, default=3, metavar="N",
         help="decodes shown per family, free and forced each (default 3)",
     )  # fmt: skip
+    add_outputs(parser)
+    options = parser.parse_args(argv)
+    check_numbers(parser, options)
+    return options
+
+
+def add_outputs(parser: argparse.ArgumentParser) -> None:
+    """Where the report goes, and what it must say."""
     parser.add_argument("--output", type=Path, help="JSON report to write")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="picture of the report to write")
+    parser.add_argument(
+        "--tensorboard", type=Path, metavar="FOLDER", help="folder to write the report's scalars to"
+    )
+    parser.add_argument(
+        "--step", type=int, default=0, metavar="N",
+        help="their place on the axis: the step of the exported checkpoint (default 0)",
+    )  # fmt: skip
     parser.add_argument(
         "--require", nargs="+", action="extend", default=[], metavar="BAR",
         help="bars each family must clear, like 'reduced>=0.95' 'false_undo<=0.05'",
     )  # fmt: skip
-    options = parser.parse_args(argv)
+
+
+def check_numbers(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuse numbers that cannot be meant."""
     for name in ("num_problems", "max_length", "batch_size"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if options.samples < 0 or options.seed < 0:
-        parser.error("--samples and --seed must not be negative")
+    if min(options.samples, options.seed, options.step) < 0:
+        parser.error("--samples, --seed and --step must not be negative")
     if not 0 <= options.temperature < float("inf"):
         parser.error("--temperature must be a number of at least 0")
-    return options
 
 
-def run(options: argparse.Namespace) -> int:
-    """Check everything cheap first, then load the model, examine it and report."""
-    from nmar_ds.inference.bars import missed, parse_bar
-    from nmar_ds.inference.exported import (
-        chat_of,
-        load_exported_tokenizer,
-        load_model,
-        read_settings,
-    )
+def check(options: argparse.Namespace) -> SimpleNamespace:
+    """All that can be wrong and costs little, before torch is imported."""
+    from nmar_ds.inference.bars import parse_bar
+    from nmar_ds.inference.exported import chat_of, load_exported_tokenizer, read_settings
     from nmar_ds.inference.probes import count_overlap, load_problems, select
 
     bars = [parse_bar(text) for text in options.require]
     settings = read_settings(options.model)
-    if options.output is not None and not options.output.absolute().parent.is_dir():
-        raise ConfigError(f"--output: no folder {options.output.parent}, expected an existing one")
+    check_places(options)
     tokenizer = load_exported_tokenizer(options.model, settings)
     families = load_problems(options.heldout, tokenizer, chat_of(settings, tokenizer))
-    wanted = {"num_problems": options.num_problems, "seed": options.seed}
-    chosen = select(families, **wanted, allow_fewer=options.allow_fewer)
+    chosen = select(
+        families, num_problems=options.num_problems, seed=options.seed,
+        allow_fewer=options.allow_fewer,
+    )  # fmt: skip
     overlap = count_overlap(chosen, options.train) if options.train else {}
     for name, num in overlap.items():
         print(f"{name}: {num} of {len(chosen[name])} held-out prompts also stand in training files")
     if not options.train:
         print("overlap with training data: not checked, no --train given")
+    return SimpleNamespace(
+        bars=bars, settings=settings, tokenizer=tokenizer, families=families, overlap=overlap,
+    )  # fmt: skip
 
+
+def check_places(options: argparse.Namespace) -> None:
+    """Refuse places that cannot be written to, before hours are spent."""
+    from importlib.util import find_spec
+
+    for name in ("output", "png"):
+        file = getattr(options, name)
+        if file is not None and not file.absolute().parent.is_dir():
+            raise ConfigError(f"--{name}: no folder {file.parent}, expected an existing one")
+    if options.png is not None and find_spec("matplotlib") is None:
+        raise ConfigError("--png: needs matplotlib; pip install 'nmar_ds[plots]'")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Check everything cheap first, then load the model, examine it and report."""
+    checked = check(options)
     from rich.console import Console
 
     from nmar_ds.inference import report
+    from nmar_ds.inference.bars import missed
     from nmar_ds.inference.evaluation import Examination, evaluate
+    from nmar_ds.inference.exported import load_model
 
     examination = Examination(
-        **wanted,
+        num_problems=options.num_problems,
+        seed=options.seed,
         max_length=options.max_length,
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
         allow_fewer=options.allow_fewer,
         temperature=options.temperature,
     )
-    results = evaluate(load_model(options.model), tokenizer, settings, families, examination)
+    settings, tokenizer = checked.settings, checked.tokenizer
+    model = load_model(options.model)
+    results = evaluate(model, tokenizer, settings, checked.families, examination)
     console = Console()
     report.print_samples(
         results, num=options.samples, tokenizer=tokenizer, settings=settings, console=console
     )
     print()
     report.print_table(results, console)
-    lines = missed({name: result.measures for name, result in results.items()}, bars)
+    lines = missed({name: result.measures for name, result in results.items()}, checked.bars)
     for line in lines:
         print(f"MISSED {line}")
-    if options.output is not None:
-        about = {"model": str(options.model), "semantics": settings.semantics, **wanted,
+    if any(place is not None for place in (options.output, options.png, options.tensorboard)):
+        about = {"model": str(options.model), "semantics": settings.semantics,
+                 "num_problems": options.num_problems, "seed": options.seed,
                  "max_length": options.max_length, "temperature": options.temperature,
-                 "require": [str(bar) for bar in bars]}  # fmt: skip
+                 "require": [str(bar) for bar in checked.bars]}  # fmt: skip
         whole = report.as_json(
-            results, about=about, overlap=overlap, missed=lines, num_samples=options.samples,
-            tokenizer=tokenizer, settings=settings,
+            results, about=about, overlap=checked.overlap, missed=lines,
+            num_samples=options.samples, tokenizer=tokenizer, settings=settings,
         )  # fmt: skip
-        report.write_json(whole, options.output)
+        write(whole, options)
     return 1 if lines else 0
+
+
+def write(whole: dict[str, Any], options: argparse.Namespace) -> None:
+    """The report in the forms asked for."""
+    if options.output is not None:
+        from nmar_ds.inference.report import write_json
+
+        write_json(whole, options.output)
+    if options.png is not None:
+        from nmar_ds.inference.picture import picture
+
+        picture(whole, options.png)
+    if options.tensorboard is not None:
+        from nmar_ds.inference.curves import write_scalars
+
+        write_scalars(whole, options.tensorboard, step=options.step)
 
 
 def main(argv: list[str] | None = None) -> int:

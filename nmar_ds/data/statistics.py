@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from nmar_ds.data.audit import MOST, Statistics
 from nmar_ds.errors import ConfigError
+from nmar_ds.pictures import new_figure, save_figure
 from nmar_ds.traces.schema import Role
 
 BAR = 40  # characters of the longest
@@ -103,11 +104,7 @@ def picture(found: Statistics, title: str, file: Path) -> None:
     Raises:
         ConfigError: matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError(f"{file}: needs matplotlib; pip install 'nmar_ds[plots]'") from None
-    figure = Figure(figsize=(12, 7))
+    figure = new_figure(file, (12, 7))
     # By hand: finding a layout takes longer than drawing.
     figure.subplots_adjust(0.06, 0.06, 0.98, 0.88, wspace=0.25, hspace=0.3)
     figure.suptitle(
@@ -128,8 +125,7 @@ def picture(found: Statistics, title: str, file: Path) -> None:
         last = int(np.flatnonzero(values)[-1]) if values.any() else 0
         panel.bar(np.arange(last + 1), values[: last + 1])
         panel.set_title(name + (f" (last: {MOST - 1} or more)" if last == MOST - 1 else ""))
-    # No version and date inside: the same store gives the same picture.
-    figure.savefig(file, dpi=100, metadata={"Software": None})
+    save_figure(figure, file)
 
 
 def write_pages(found: Statistics, store: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nmar_ds.errors import ConfigError
+from nmar_ds.pictures import new_figure, save_figure
 from nmar_ds.theory.formulas import interval
 from nmar_ds.theory.settings import OBJECTIVES, OPTIMIZERS
 
@@ -23,11 +23,7 @@ def picture(found: dict[str, Any], file: Path) -> None:
     Raises:
         ConfigError: matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError(f"{file}: needs matplotlib; pip install 'nmar_ds[plots]'") from None
-    figure = Figure(figsize=(14, 11))
+    figure = new_figure(file, (14, 11))
     figure.subplots_adjust(0.06, 0.06, 0.98, 0.92, wspace=0.22, hspace=0.32)
     figure.suptitle(
         f"Safety Gap: {found['weights']:,} weights, {len(found['seeds'])} seeds, "
@@ -44,8 +40,7 @@ def picture(found: dict[str, Any], file: Path) -> None:
     _one_step(panels[2][0], found)
     _bars(panels[2][1], found, "cosine", ("b", "c", "p"), "cosines with g_e")
     _bars(panels[2][2], found, "norm", ("e", "b", "c", "p"), "norms of the mean gradients")
-    # No version and date inside: the same figures give the same picture.
-    figure.savefig(file, dpi=100, metadata={"Software": None})
+    save_figure(figure, file)
 
 
 def _curves(panel: Any, found: dict[str, Any], optimizer: str, key: str) -> None:

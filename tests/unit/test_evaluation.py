@@ -585,7 +585,9 @@ def test_launcher_reports_and_fails_on_a_missed_bar(
     arguments = [
         "--model", str(export), "--heldout", str(heldout), "--train", str(heldout),
         "--num-problems", "10", "--max-new-tokens", "8", "--samples", "1",
-        "--output", str(tmp_path / "report.json"), "--require", "reduced>=0.95", "raw<=0.5",
+        "--output", str(tmp_path / "report.json"), "--png", str(tmp_path / "report.png"),
+        "--tensorboard", str(tmp_path / "tb"), "--step", "9",
+        "--require", "reduced>=0.95", "raw<=0.5",
     ]  # fmt: skip
     main = runpy.run_path(str(LAUNCHER))["main"]
     assert main(arguments) == 1
@@ -596,6 +598,8 @@ def test_launcher_reports_and_fails_on_a_missed_bar(
     written = json.loads((tmp_path / "report.json").read_text())
     assert written["families"]["words"]["measures"]["n"] == 10
     assert len(written["missed"]) == 1
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list((tmp_path / "tb").glob("events.*"))) == 1
     assert main([*arguments[:-2], "raw<=0.5"]) == 0
 
 
@@ -606,6 +610,7 @@ def test_launcher_reports_and_fails_on_a_missed_bar(
         (["--model", "/nowhere"], "/nowhere: --model: no such folder"),
         (["--num-problems", "41"], "40 held-out problems, expected at least 41"),
         (["--output", "/nowhere/r.json"], "--output: no folder /nowhere"),
+        (["--png", "/nowhere/r.png"], "--png: no folder /nowhere"),
         (["--heldout", "/nowhere/h.jsonl"], "/nowhere/h.jsonl: file: No such file"),
         (["--train", "/nowhere/t.jsonl"], "/nowhere/t.jsonl: file: No such file"),
     ],
