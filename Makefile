@@ -16,7 +16,7 @@ SEED ?= 0
 SMOLLM2_RUN ?= runs/smollm2
 SMOLLM2_MODEL ?= runs/smollm2_135m_instruct
 
-.PHONY: help install quickstart smollm2 test test-nodes test-slurm test-faults test-presets test-pretrained reliability soak check mutants tensorboard clean
+.PHONY: help install quickstart smollm2 test test-nodes test-slurm test-faults test-presets test-pretrained test-harness reliability soak check mutants tensorboard clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -56,6 +56,13 @@ test-slurm: $(VENV)/installed  ## the job scripts under a Slurm of their own (5 
 
 test-faults: $(VENV)/installed  ## kills, signals, full disks, hostile files and second jobs (half an hour)
 	$(BIN)/python -m pytest tests/faults
+
+$(VENV)/harness: $(VENV)/installed
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[harness]'
+	touch $@
+
+test-harness: $(VENV)/harness  ## the model class of lm-eval and its tasks (a minute; installs lm-eval)
+	$(BIN)/python -m pytest tests/harness
 
 reliability: $(VENV)/installed  ## every counted goal, into benchmarks/results (ONLY=G1,G3: these alone)
 	$(BIN)/python benchmarks/reliability.py $(if $(ONLY),--only '$(ONLY)')

@@ -108,7 +108,8 @@ def read_settings(folder: Path) -> ExportSettings:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(
-            f"{path}: missing, expected a folder made by launcher/export.py"
+            f"{path}: missing, so nothing is known of <UNDO> in this model, expected a folder made "
+            "by launcher/export.py"
         ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: unreadable ({error}), expected a JSON object") from None

@@ -108,7 +108,7 @@ def generate(
             pad_id=settings.pad_id,
             forced=[begun_ids],
             on_event=on_event,
-            should_stop=_stops(tokenizer, stop_texts) if stop_texts else None,
+            should_stop=stops_at(tokenizer, stop_texts) if stop_texts else None,
             **rules,
         )[0]
     found = runs(
@@ -122,8 +122,13 @@ def generate(
     )
 
 
-def _stops(tokenizer: Tokenizer, texts: Sequence[str]) -> Callable[[Sequence[int]], bool]:
-    """Whether the token written last completes one of the texts."""
+def stops_at(tokenizer: Tokenizer, texts: Sequence[str]) -> Callable[[Sequence[int]], bool]:
+    """A test for `decode`: whether the token written last completes one of the texts.
+
+    Args:
+        tokenizer: of the model.
+        texts: one at least, none of them empty.
+    """
     wanted = [text.encode("utf-8") for text in texts]
     longest = max(map(len, wanted))
 

@@ -1,6 +1,6 @@
-"""Teacher-forced probabilities of the undo: what the model would do at every place of a text."""
+"""Teacher-forced probabilities: of the undo at every place of a text, and of a text itself."""
 
-# B sequences in a batch, T padded length, V vocabulary
+# B sequences in a batch, T padded length, C ids of one continuation, V vocabulary
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from nmar_ds.errors import ConfigError
 from nmar_ds.traces.schema import IdArray
 
 MAX_LOGITS = 2**26  # logits held at once; 256 MiB in fp32
@@ -62,3 +63,85 @@ def score_undo(model: Any, sequences: Sequence[IdArray], *, undo_id: int) -> lis
                 probability=probability_BT[row, :size], is_top=top_BT[row, :size]
             )
     return [results[index] for index in range(len(sequences))]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextScore:
+    """How likely a model is to write a given text, and nothing else, after a prompt.
+
+    Attributes:
+        log_probability: natural logarithm, summed over the text's tokens.
+        is_greedy: whether greedy decoding would write just this text.
+    """
+
+    log_probability: float
+    is_greedy: bool
+
+
+@torch.inference_mode()
+def score_texts(
+    model: Any,
+    prompts: Sequence[IdArray],
+    continuations: Sequence[IdArray],
+    *,
+    undo_id: int,
+    ban_undo: bool = False,
+    batch_size: int = 128,
+) -> list[TextScore]:
+    """Score plain texts, each after its prompt.
+
+    A probability is that of SPEC 3, over the whole vocabulary: where the model would rather undo,
+    a text that goes on loses what `<UNDO>` gets. With `ban_undo` it is that of a decoder which
+    may not undo: the logit of `<UNDO>` is minus infinity before the softmax.
+
+    Args:
+        model: a causal language model of transformers, in evaluation mode.
+        prompts: int arrays, one id at least each.
+        continuations: int arrays, one id at least each; one per prompt.
+        undo_id: id of `<UNDO>`.
+        ban_undo: see above.
+        batch_size: sequences in one forward at most; long ones are fewer (`MAX_LOGITS`).
+
+    Raises:
+        ConfigError: an empty prompt or text, or more ids than the model has positions.
+    """
+    _check_texts(model, prompts, continuations)
+    device = next(model.parameters()).device
+    num_classes = model.get_input_embeddings().weight.shape[0]
+    # The last id is nobody's input.
+    inputs = [np.concatenate(pair)[:-1] for pair in zip(prompts, continuations, strict=True)]
+    order = sorted(range(len(inputs)), key=lambda index: -len(inputs[index]))
+    results: dict[int, TextScore] = {}
+    while len(results) < len(order):
+        longest = len(inputs[order[len(results)]])
+        num_rows = max(1, min(batch_size, MAX_LOGITS // (longest * num_classes)))
+        chosen = order[len(results) : len(results) + num_rows]
+        ids_BT = np.zeros((len(chosen), longest), np.int64)
+        for row, index in enumerate(chosen):
+            ids_BT[row, : len(inputs[index])] = inputs[index]
+        logits_BTV = model(input_ids=torch.from_numpy(ids_BT).to(device), use_cache=False).logits
+        for row, index in enumerate(chosen):
+            ids_C = torch.from_numpy(continuations[index].astype(np.int64)).to(device)
+            logits_CV = logits_BTV[row, len(prompts[index]) - 1 : len(inputs[index])].float()
+            if ban_undo:
+                logits_CV[:, undo_id] = -torch.inf
+            log_probs_C = logits_CV.log_softmax(dim=1).gather(1, ids_C[:, None])[:, 0]
+            results[index] = TextScore(
+                log_probability=float(log_probs_C.double().sum()),
+                is_greedy=bool((logits_CV.argmax(dim=1) == ids_C).all()),
+            )
+    return [results[index] for index in range(len(inputs))]
+
+
+def _check_texts(model: Any, prompts: Sequence[IdArray], continuations: Sequence[IdArray]) -> None:
+    num_positions = getattr(model.config, "max_position_embeddings", None)
+    for prompt, continuation in zip(prompts, continuations, strict=True):
+        for name, ids in (("prompt", prompt), ("continuation", continuation)):
+            if len(ids) == 0:
+                raise ConfigError(f"scoring: {name}: no token, expected at least one")
+        num_inputs = len(prompt) + len(continuation) - 1
+        if num_positions is not None and num_inputs > num_positions:
+            raise ConfigError(
+                f"scoring: {len(prompt)} prompt tokens and {len(continuation)} more make "
+                f"{num_inputs} inputs, expected at most the model's {num_positions} positions"
+            )
