@@ -30,9 +30,11 @@ COLUMNS: dict[tuple[str, str], str] = {
     ("greedy", "undone"): "undone",
     ("greedy", "exact_k"): "exact-k",
     ("greedy", "corrected"): "corrected",
+    ("start", "log_p_deviation_per_token"): "log p(e\\|p) before",
     ("end", "log_p_deviation_per_token"): "log p(e\\|p)",
     ("end", "p_undo_at_first_place"): "P(undo) first",
     ("end", "undo_count_accuracy"): "count right",
+    ("store", "error_targets"): "errors of targets",
 }
 COMPARED = (("greedy", "reduced"), ("sampled", "reduced"), ("greedy", "false_undo"),
             ("end", "log_p_deviation_per_token"), ("end", "p_undo_at_first_place"))  # fmt: skip
@@ -131,11 +133,7 @@ def _order(study: Study) -> Any:
 
 def _arm(arm: Arm, runs: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     measures = {".".join(place): over_seeds(runs, place) for place in COLUMNS}
-    measures["start.log_p_deviation_per_token"] = over_seeds(
-        runs, ("start", "log_p_deviation_per_token")
-    )
-    for name in ("error_targets", "clean_traces"):
-        measures[f"store.{name}"] = over_seeds(runs, ("store", name))
+    measures["store.clean_traces"] = over_seeds(runs, ("store", "clean_traces"))
     return {"condition": arm[0], "objective": arm[1], "seeds": sorted(runs), "measures": measures}
 
 
