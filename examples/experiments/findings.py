@@ -24,6 +24,8 @@ COLUMNS: dict[tuple[str, str], str] = {
     ("greedy", "reduced"): "greedy reduced",
     ("sampled", "raw"): "sampled raw",
     ("sampled", "reduced"): "sampled reduced",
+    ("greedy", "undo_gain"): "greedy, gain by undo",
+    ("sampled", "undo_gain"): "sampled, gain by undo",
     ("greedy", "with_undo"): "greedy with undo",
     ("sampled", "with_undo"): "sampled with undo",
     ("greedy", "false_undo"): "false undo",
@@ -39,6 +41,7 @@ COLUMNS: dict[tuple[str, str], str] = {
 COMPARED = (("greedy", "reduced"), ("sampled", "reduced"), ("greedy", "false_undo"),
             ("end", "log_p_deviation_per_token"), ("end", "p_undo_at_first_place"))  # fmt: skip
 GAP = ("greedy", "reduced")
+UNDO_GAIN = "undo_gain"  # reduced minus undo-banned: what being allowed to take back is worth
 
 
 def collect(study: Study, output: Path) -> Results:
@@ -53,6 +56,9 @@ def collect(study: Study, output: Path) -> Results:
 
 def value(result: Mapping[str, Any], place: tuple[str, str]) -> float | None:
     """One figure of a result, None where the run has none of it."""
+    if place[1] == UNDO_GAIN:
+        reduced, banned = (value(result, (place[0], name)) for name in ("reduced", "banned"))
+        return None if reduced is None or banned is None else reduced - banned
     number: float | None = result.get(place[0], {}).get(place[1])
     return number
 
@@ -165,6 +171,16 @@ def conclusions(found: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         ]
     shown, left = [], []
     names = {".".join(place): name for place, name in COLUMNS.items()}
+    for arm in found["arms"]:
+        for kind in ("greedy", "sampled"):
+            gain = arm["measures"][f"{kind}.{UNDO_GAIN}"]
+            if gain is not None and arm["objective"] in ("sft", "msft"):
+                one = {**gain, "seeds": len(arm["seeds"])}
+                text = (
+                    f"{kind}: accuracy of {arm['objective']} on {arm['condition']} with the undo "
+                    f"minus that with it banned: {_text(one)}"
+                )
+                (shown if _holds(one) else left).append(_with_seeds(text, one))
     for one in found["differences"]:
         a, b = ("{1} on {0}".format(*one[side]) for side in ("a", "b"))
         text = f"{names[one['measure']]}: {a} minus {b}: {_text(one)}"

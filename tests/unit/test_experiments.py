@@ -229,7 +229,7 @@ def test_sft_and_msft_differ_in_the_objective_alone(name: str) -> None:
 
 def result_of(greedy: float, log_p: float = -1.0, checksum: str = "x") -> dict[str, Any]:
     return {
-        "greedy": {"reduced": greedy}, "store": {"checksum": checksum},
+        "greedy": {"reduced": greedy, "banned": 0.25}, "store": {"checksum": checksum},
         "end": {"log_p_deviation_per_token": log_p},
     }  # fmt: skip
 
@@ -269,13 +269,23 @@ def test_intervals_are_those_worked_out_by_hand(tmp_path: Path) -> None:
         {"mean": 0.5, "low": 0.5 - half, "high": 0.5 + half}
     )
     assert sft["measures"]["sampled.raw"] is None
+    # The undo is worth .15, .25, .35; under mSFT .25, .45, .35.
+    assert sft["measures"]["greedy.undo_gain"] == pytest.approx(
+        {"mean": 0.25, "low": 0.25 - half, "high": 0.25 + half}
+    )
     # Paired: -.1, -.2, 0, so mean -.1 and standard deviation .1 again: its interval holds 0.
     greedy, log_p = found["differences"]
     assert greedy["measure"] == "greedy.reduced" and greedy["seeds"] == 3
     assert (greedy["mean"], greedy["low"]) == pytest.approx((-0.1, -0.1 - half))
     # 4 at every seed.
     assert (log_p["mean"], log_p["low"], log_p["high"]) == pytest.approx((4.0, 4.0, 4.0))
-    assert found["shown"] == ["log p(e\\|p): sft on hard minus msft on hard: 4.000 [4.000, 4.000]"]
+    assert found["shown"] == [
+        "greedy: accuracy of sft on hard with the undo minus that with it banned: "
+        "0.250 [0.002, 0.498]",
+        "greedy: accuracy of msft on hard with the undo minus that with it banned: "
+        "0.350 [0.102, 0.598]",
+        "log p(e\\|p): sft on hard minus msft on hard: 4.000 [4.000, 4.000]",
+    ]
     assert any(text.startswith("greedy reduced: sft on hard minus") for text in found["not_shown"])
 
 
