@@ -59,6 +59,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--samples", type=int, default=3, metavar="N",
         help="decodes shown per family, free and forced each (default 3)",
     )  # fmt: skip
+    parser.add_argument(
+        "--store", type=Path,
+        help="prepared held-out traces (launcher/prepare.py): losses and p(UNDO) on them",
+    )  # fmt: skip
+    parser.add_argument(
+        "--num-traces", type=int, default=1000, metavar="N",
+        help="of the store, at most and spread over it (default 1000)",
+    )  # fmt: skip
     add_outputs(parser)
     options = parser.parse_args(argv)
     check_numbers(parser, options)
@@ -84,7 +92,7 @@ def add_outputs(parser: argparse.ArgumentParser) -> None:
 
 def check_numbers(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Refuse numbers that cannot be meant."""
-    for name in ("num_problems", "max_length", "batch_size"):
+    for name in ("num_problems", "num_traces", "max_length", "batch_size"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if min(options.samples, options.seed, options.step) < 0:
@@ -97,12 +105,14 @@ def check(options: argparse.Namespace) -> SimpleNamespace:
     """All that can be wrong and costs little, before torch is imported."""
     from nmar_ds.inference.bars import parse_bar
     from nmar_ds.inference.exported import chat_of, load_exported_tokenizer, read_settings
+    from nmar_ds.inference.fitting import open_store
     from nmar_ds.inference.probes import count_overlap, load_problems, select
 
     bars = [parse_bar(text) for text in options.require]
     settings = read_settings(options.model)
     check_places(options)
     tokenizer = load_exported_tokenizer(options.model, settings)
+    store = None if options.store is None else open_store(options.store, settings)
     families = load_problems(options.heldout, tokenizer, chat_of(settings, tokenizer))
     chosen = select(
         families, num_problems=options.num_problems, seed=options.seed,
@@ -115,6 +125,7 @@ def check(options: argparse.Namespace) -> SimpleNamespace:
         print("overlap with training data: not checked, no --train given")
     return SimpleNamespace(
         bars=bars, settings=settings, tokenizer=tokenizer, families=families, overlap=overlap,
+        store=store,
     )  # fmt: skip
 
 
@@ -158,6 +169,7 @@ def run(options: argparse.Namespace) -> int:
     )
     print()
     report.print_table(results, console)
+    traces = {} if checked.store is None else score_traces(model, checked, options)
     lines = missed({name: result.measures for name, result in results.items()}, checked.bars)
     for line in lines:
         print(f"MISSED {line}")
@@ -170,8 +182,23 @@ def run(options: argparse.Namespace) -> int:
             results, about=about, overlap=checked.overlap, missed=lines,
             num_samples=options.samples, tokenizer=tokenizer, settings=settings,
         )  # fmt: skip
-        write(whole, options)
+        write(whole | traces, options)
     return 1 if lines else 0
+
+
+def score_traces(
+    model: Any, checked: SimpleNamespace, options: argparse.Namespace
+) -> dict[str, Any]:
+    """What the model makes of held-out traces, for people and for the report."""
+    from nmar_ds.inference.report import print_traces
+    from nmar_ds.inference.teacher_forced import measure_store
+
+    measures = measure_store(
+        model, checked.store, undo_id=checked.settings.undo_id, num_traces=options.num_traces
+    )
+    print()
+    print_traces(measures)
+    return {"teacher_forced": {"store": str(options.store), "measures": measures}}
 
 
 def write(whole: dict[str, Any], options: argparse.Namespace) -> None:

@@ -73,7 +73,10 @@ def _bars(panel: Any, names: Sequence[str], groups: Mapping[str, Figures]) -> No
             # A percentile interval need not hold its own point; a bar has no negative length.
             below.append(0.0 if low is None else max(0.0, value - low))
             above.append(0.0 if high is None else max(0.0, high - value))
-        panel.bar(places, heights, width, yerr=[below, above], label=label, capsize=2)
+        panel.bar(
+            places, heights, width, yerr=[below, above], label=label, capsize=2, color=f"C{number}"
+        )  # an empty group would not move on by itself
     at = [place + 0.4 - width / 2 for place in range(len(names))]
     panel.set_xticks(at, names, rotation=25, ha="right", fontsize=7)
+    panel.set_xlim(-width, len(names) - 0.2)
     panel.axhline(0, color="black", linewidth=0.5)

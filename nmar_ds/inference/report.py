@@ -53,6 +53,14 @@ def print_table(results: Mapping[str, FamilyResult], console: Console) -> None:
         print("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
 
 
+def print_traces(measures: Mapping[str, Mapping[str, float | None]]) -> None:
+    """Print what was measured on held-out traces, a line each, with its interval."""
+    width = max(map(len, measures))
+    for tag, found in measures.items():
+        ends = "" if found["low"] is None else f"  [{found['low']:.3f}, {found['high']:.3f}]"
+        print(f"{tag.ljust(width)}  {found['value']:8.3f}{ends}")
+
+
 def _share(measure: AnyMeasure) -> str:
     value = number(measure)
     return "-" if value is None else f"{value:.3f}"

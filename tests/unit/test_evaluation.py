@@ -17,6 +17,7 @@ import pytest
 import torch
 from oracles import blind, careful, examine, settings_of, values
 from rich.console import Console
+from tiny_stores import prepare_store
 
 from nmar_ds.errors import ConfigError, TraceError
 from nmar_ds.inference import evaluation, report
@@ -582,11 +583,13 @@ def test_launcher_reports_and_fails_on_a_missed_bar(
     tokenizer: Tokenizer, heldout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     export = examined.make_export(tmp_path / "export", tokenizer)
+    prepare_store([heldout], tmp_path / "store", tokenizer, builder="hard", max_length=256)
     arguments = [
         "--model", str(export), "--heldout", str(heldout), "--train", str(heldout),
         "--num-problems", "10", "--max-new-tokens", "8", "--samples", "1",
         "--output", str(tmp_path / "report.json"), "--png", str(tmp_path / "report.png"),
         "--tensorboard", str(tmp_path / "tb"), "--step", "9",
+        "--store", str(tmp_path / "store"), "--num-traces", "20",
         "--require", "reduced>=0.95", "raw<=0.5",
     ]  # fmt: skip
     main = runpy.run_path(str(LAUNCHER))["main"]
@@ -598,6 +601,12 @@ def test_launcher_reports_and_fails_on_a_missed_bar(
     written = json.loads((tmp_path / "report.json").read_text())
     assert written["families"]["words"]["measures"]["n"] == 10
     assert len(written["missed"]) == 1
+    traces = written["teacher_forced"]
+    assert traces["store"] == str(tmp_path / "store")
+    loss = traces["measures"]["heldout/loss_undo"]
+    assert loss["of"] == 20 and loss["low"] < loss["value"] < loss["high"]
+    line = next(line for line in out.splitlines() if line.startswith("heldout/loss_undo"))
+    assert line.split()[1] == f"{loss['value']:.3f}" and line.endswith(f"{loss['high']:.3f}]")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     assert len(list((tmp_path / "tb").glob("events.*"))) == 1
     assert main([*arguments[:-2], "raw<=0.5"]) == 0
@@ -611,6 +620,7 @@ def test_launcher_reports_and_fails_on_a_missed_bar(
         (["--num-problems", "41"], "40 held-out problems, expected at least 41"),
         (["--output", "/nowhere/r.json"], "--output: no folder /nowhere"),
         (["--png", "/nowhere/r.png"], "--png: no folder /nowhere"),
+        (["--store", "/nowhere"], "/nowhere/manifest.json: missing, expected a trace store"),
         (["--heldout", "/nowhere/h.jsonl"], "/nowhere/h.jsonl: file: No such file"),
         (["--train", "/nowhere/t.jsonl"], "/nowhere/t.jsonl: file: No such file"),
     ],
