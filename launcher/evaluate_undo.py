@@ -67,10 +67,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--num-traces", type=int, default=1000, metavar="N",
         help="of the store, at most and spread over it (default 1000)",
     )  # fmt: skip
+    add_vote(parser)
     add_outputs(parser)
     options = parser.parse_args(argv)
     check_numbers(parser, options)
     return options
+
+
+def add_vote(parser: argparse.ArgumentParser) -> None:
+    """What to compare with at equal compute."""
+    parser.add_argument(
+        "--baseline", type=Path, metavar="MODEL",
+        help="a model without undo, exported or a plain Hugging Face folder with the same "
+        "tokenizer: its majority vote of as many tokens is the comparison",
+    )  # fmt: skip
+    parser.add_argument(
+        "--vote", type=int, default=16, metavar="K",
+        help="samples per problem at most in that vote (default 16)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--vote-temperature", type=float, default=1.0, metavar="T", help="of these (default 1)"
+    )
 
 
 def add_outputs(parser: argparse.ArgumentParser) -> None:
@@ -92,20 +109,22 @@ def add_outputs(parser: argparse.ArgumentParser) -> None:
 
 def check_numbers(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Refuse numbers that cannot be meant."""
-    for name in ("num_problems", "num_traces", "max_length", "batch_size"):
+    for name in ("num_problems", "num_traces", "max_length", "batch_size", "vote"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if min(options.samples, options.seed, options.step) < 0:
         parser.error("--samples, --seed and --step must not be negative")
     if not 0 <= options.temperature < float("inf"):
         parser.error("--temperature must be a number of at least 0")
+    if not 0 < options.vote_temperature < float("inf"):
+        parser.error("--vote-temperature must be a number above 0, or all samples are equal")
 
 
 def check(options: argparse.Namespace) -> SimpleNamespace:
     """All that can be wrong and costs little, before torch is imported."""
     from nmar_ds.inference.bars import parse_bar
     from nmar_ds.inference.exported import chat_of, load_exported_tokenizer, read_settings
-    from nmar_ds.inference.fitting import open_store
+    from nmar_ds.inference.fitting import check_baseline, open_store
     from nmar_ds.inference.probes import count_overlap, load_problems, select
 
     bars = [parse_bar(text) for text in options.require]
@@ -113,6 +132,8 @@ def check(options: argparse.Namespace) -> SimpleNamespace:
     check_places(options)
     tokenizer = load_exported_tokenizer(options.model, settings)
     store = None if options.store is None else open_store(options.store, settings)
+    if options.baseline is not None:
+        check_baseline(options.baseline, settings, tokenizer)
     families = load_problems(options.heldout, tokenizer, chat_of(settings, tokenizer))
     chosen = select(
         families, num_problems=options.num_problems, seed=options.seed,
@@ -170,6 +191,7 @@ def run(options: argparse.Namespace) -> int:
     print()
     report.print_table(results, console)
     traces = {} if checked.store is None else score_traces(model, checked, options)
+    votes = {} if options.baseline is None else vote(model, results, checked, examination, options)
     lines = missed({name: result.measures for name, result in results.items()}, checked.bars)
     for line in lines:
         print(f"MISSED {line}")
@@ -182,7 +204,7 @@ def run(options: argparse.Namespace) -> int:
             results, about=about, overlap=checked.overlap, missed=lines,
             num_samples=options.samples, tokenizer=tokenizer, settings=settings,
         )  # fmt: skip
-        write(whole | traces, options)
+        write(whole | traces | votes, options)
     return 1 if lines else 0
 
 
@@ -199,6 +221,29 @@ def score_traces(
     print()
     print_traces(measures)
     return {"teacher_forced": {"store": str(options.store), "measures": measures}}
+
+
+def vote(
+    model: Any, results: Any, checked: SimpleNamespace, examination: Any,
+    options: argparse.Namespace,
+) -> dict[str, Any]:  # fmt: skip
+    """The comparison at equal compute, for people and for the report."""
+    from nmar_ds.inference import voting
+    from nmar_ds.inference.exported import load_model
+
+    baseline = load_model(options.baseline)
+    found = voting.equal_compute(
+        results, baseline, tokenizer=checked.tokenizer, settings=checked.settings,
+        examination=examination,
+        vote=voting.Vote(max_k=options.vote, temperature=options.vote_temperature),
+    )  # fmt: skip
+    print("\nat equal compute:")
+    for line in voting.lines(found):
+        print(line)
+    weights = {"model": model.num_parameters(), "baseline": baseline.num_parameters()}
+    return {"equal_compute": {
+        "baseline": str(options.baseline), "num_weights": weights, "families": found,
+    }}  # fmt: skip
 
 
 def write(whole: dict[str, Any], options: argparse.Namespace) -> None:

@@ -94,6 +94,16 @@ def evaluate(
     }
 
 
+def allowed_tokens(
+    problems: Sequence[Problem], settings: ExportSettings, examination: Examination
+) -> int:
+    """Tokens a response may have; see `evaluate`."""
+    longest = max(len(problem.reference_ids) for problem in problems)
+    # A span or a whole response is written again after each undo, not its wrong end only.
+    num_times = 2 if settings.semantics == "token" else 4
+    return examination.max_new_tokens or num_times * longest + 4 * examination.max_length
+
+
 class _Family:
     """The examination of one family."""
 
@@ -110,17 +120,13 @@ class _Family:
         self.problems = problems
         self.examination = examination
         self.machine = settings.machine
-        longest = max(len(problem.reference_ids) for problem in problems)
-        # A span or a whole response is written again after each undo, not its wrong end only.
-        num_times = 2 if settings.semantics == "token" else 4
-        allowed = num_times * longest + 4 * examination.max_length
         self.decode = partial(
             decode,
             model,
             machine=settings.machine,
             eos_id=settings.eos_id,
             pad_id=settings.pad_id,
-            max_new_tokens=examination.max_new_tokens or allowed,
+            max_new_tokens=allowed_tokens(problems, settings, examination),
             batch_size=examination.batch_size,
             temperature=examination.temperature,
             seed=examination.seed,

@@ -185,10 +185,6 @@ def _draw(
 ) -> list[Decoded]:
     """Responses, those to one prompt on end; samples are numbered from the start of the file."""
     num = settings.num_samples
-    # Padded rows beyond the tokenizer are no tokens; special ones but the stop token are no text.
-    num_rows = int(model.get_output_embeddings().weight.shape[0])
-    special = [i for i in tokenizer.is_special.nonzero()[0].tolist() if i < num_rows]
-    banned = [*special, *range(tokenizer.size, num_rows)]
     return decode(
         model,
         [prompt for prompt in prompts for _ in range(num)],
@@ -201,9 +197,21 @@ def _draw(
         top_p=settings.top_p,
         seed=settings.seed,
         batch_size=settings.batch_size,
-        banned_ids=[i for i in banned if i not in (tokenizer.eos_id, tokenizer.undo_id)],
+        banned_ids=ids_of_no_text(model, tokenizer),
         numbers=[first * num + place for place in range(len(prompts) * num)],
     )
+
+
+def ids_of_no_text(model: Any, tokenizer: Tokenizer) -> list[int]:
+    """Rows of a model that are never a response: all but text, the stop token and the undo.
+
+    Padded rows beyond the tokenizer are no tokens; special ones but the stop token are no text. The
+    undo is banned by itself, since a model may have no row for it.
+    """
+    num_rows = int(model.get_output_embeddings().weight.shape[0])
+    special = [i for i in tokenizer.is_special.nonzero()[0].tolist() if i < num_rows]
+    banned = [*special, *range(tokenizer.size, num_rows)]
+    return [i for i in banned if i not in (tokenizer.eos_id, tokenizer.undo_id)]
 
 
 def _described(response: Decoded) -> dict[str, Any]:

@@ -620,6 +620,7 @@ def test_launcher_reports_and_fails_on_a_missed_bar(
         (["--num-problems", "41"], "40 held-out problems, expected at least 41"),
         (["--output", "/nowhere/r.json"], "--output: no folder /nowhere"),
         (["--png", "/nowhere/r.png"], "--png: no folder /nowhere"),
+        (["--baseline", "/nowhere"], "--baseline: /nowhere: no such folder"),
         (["--store", "/nowhere"], "/nowhere/manifest.json: missing, expected a trace store"),
         (["--heldout", "/nowhere/h.jsonl"], "/nowhere/h.jsonl: file: No such file"),
         (["--train", "/nowhere/t.jsonl"], "/nowhere/t.jsonl: file: No such file"),
