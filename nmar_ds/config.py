@@ -239,6 +239,8 @@ class TrainingSection(Section):
     """Packed rows of held-out traces per evaluation."""
     eval_decodes: Annotated[int, Field(ge=0)] = 2
     """Held-out prompts that each evaluation answers for TensorBoard's table; 0: none."""
+    eval_decode_forwards: PositiveInt = 16
+    """Forwards that those answers may take; what is not done by then is shown cut off."""
     max_nonfinite_steps: PositiveInt = 3
     """This many non-finite steps in a row stop the run."""
     timeout_seconds: PositiveInt = 300

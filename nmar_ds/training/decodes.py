@@ -32,7 +32,6 @@ from nmar_ds.traces.reduction import Machine, reduce
 from nmar_ds.traces.schema import IdArray, Role
 
 MAX_NEW_TOKENS = 64
-MAX_FORWARDS = 16
 SHOWN_CHARACTERS = 400  # of a cell
 LOOKED_AT = 200  # traces for one that will do
 
@@ -124,6 +123,7 @@ def decode_exercises(
     eos_id: int,
     num_known: int,
     max_length: int,
+    max_forwards: int,
     rank: int,
     world_size: int,
     sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
@@ -137,6 +137,7 @@ def decode_exercises(
         eos_id: its stop token.
         num_known: ids below it may be written; a model's spare rows may not.
         max_length: of prompt and response.
+        max_forwards: of each rank.
         rank: of this process.
         world_size: how many share the sequences.
         sum_over_ranks: of a tensor, in place or not.
@@ -158,7 +159,7 @@ def decode_exercises(
             machine=machine,
             eos_id=eos_id,
             max_new_tokens=min(MAX_NEW_TOKENS, max_length - max(contexts)),
-            max_forwards=MAX_FORWARDS,
+            max_forwards=max_forwards,
             forced=[each.forced_ids for each in exercises],
         )
     engine.train(True)
@@ -221,7 +222,7 @@ def table(
 
     A response is right when it is the trace's own, to the character; a record may allow others,
     which `launcher/evaluate_undo.py` knows. "Cut off" is what was not done after MAX_NEW_TOKENS
-    tokens or MAX_FORWARDS forwards.
+    tokens or in all forwards that there might be.
     """
     lines = [
         "| prompt | error forced on it | raw | reduced | |",

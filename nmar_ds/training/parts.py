@@ -181,6 +181,7 @@ def _decoder_of_heldout(
             eos_id=facts["eos_id"],
             num_known=facts["size"],
             max_length=max_length,
+            max_forwards=config.training.eval_decode_forwards,
             rank=ranks.rank,
             world_size=ranks.world_size,
             sum_over_ranks=all_reduce,

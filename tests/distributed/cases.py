@@ -360,7 +360,7 @@ def heldout_figures(*, measuring: bool, num_steps: int = 3) -> dict[str, Any]:
         )  # fmt: skip
         found = decodes.decode_exercises(
             engine, chosen, machine=Machine(UNDO), eos_id=1, num_known=VOCAB, max_length=LENGTH,
-            rank=dist.get_rank(), world_size=dist.get_world_size(), sum_over_ranks=all_reduce,
+            max_forwards=9, rank=dist.get_rank(), world_size=dist.get_world_size(), sum_over_ranks=all_reduce,
         )  # fmt: skip
         return values, [decoded.raw_ids.tolist() for decoded in found]
 

@@ -91,6 +91,7 @@ FULL: dict[str, Any] = {
         "eval_every": 4,
         "eval_rows": 8,
         "eval_decodes": 3,
+        "eval_decode_forwards": 5,
         "max_nonfinite_steps": 2,
         "timeout_seconds": 60,
         "slow_timeout_seconds": 600,

@@ -79,7 +79,7 @@ def exercises(seed: int, drafts: Sequence[IdArray] | None = None) -> list[Exerci
 
 def answer(engine: Engine, given: list[Exercise], **changes: Any) -> list[Decoded]:
     settings: dict[str, Any] = {
-        "machine": MACHINE, "eos_id": EOS, "num_known": VOCAB, "max_length": 200,
+        "machine": MACHINE, "eos_id": EOS, "num_known": VOCAB, "max_length": 200, "max_forwards": 64,
         "rank": 0, "world_size": 1, "sum_over_ranks": lambda tensor: tensor,
     }  # fmt: skip
     return decode_exercises(engine, given, **(settings | changes))
@@ -100,10 +100,7 @@ def facts(found: list[Decoded]) -> list[Any]:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere"])
-def test_guesses_change_the_number_of_forwards_and_nothing_else(
-    monkeypatch: pytest.MonkeyPatch, family: str
-) -> None:
-    monkeypatch.setattr(decodes, "MAX_FORWARDS", 64)
+def test_guesses_change_the_number_of_forwards_and_nothing_else(family: str) -> None:
     engine = Engine(family)
     given = exercises(1)
     often = np.bincount(np.concatenate([d.emitted_ids for d in by_stack_decoder(engine, given)]))
@@ -123,11 +120,8 @@ def test_guesses_change_the_number_of_forwards_and_nothing_else(
 
 
 @pytest.mark.parametrize("world_size", [2, 5, 8])
-def test_what_the_ranks_find_is_put_together(
-    monkeypatch: pytest.MonkeyPatch, world_size: int
-) -> None:
+def test_what_the_ranks_find_is_put_together(world_size: int) -> None:
     """All ranks' forwards for every question; each but the last stops where it would wait."""
-    monkeypatch.setattr(decodes, "MAX_FORWARDS", 64)
     engine = Engine()
     given = exercises(1)
     wanted = answer(engine, given)
@@ -169,19 +163,17 @@ def test_what_the_ranks_find_is_put_together(
     assert own[0].max() < asked_of[0], "and only for its share"
 
 
-def test_limits_cut_a_response_and_change_none_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits_cut_a_response_and_change_none_of_it() -> None:
     engine = Engine()
     given = exercises(1, [ints()] * 6)
     whole = by_stack_decoder(engine, given)
-    monkeypatch.setattr(decodes, "MAX_FORWARDS", 5)
     engine.calls.clear()
-    cut = answer(engine, given)
+    cut = answer(engine, given, max_forwards=5)
     assert len(engine.calls) == 5
     for some, all_ in zip(cut, whole, strict=True):
         assert 5 <= len(some.emitted_ids) or some.stop_reason == "eos"
         assert some.raw_ids.tolist() == all_.raw_ids[: len(some.raw_ids)].tolist()
         assert some.reduced_ids.tolist() == reduce(some.raw_ids, MACHINE).tolist()
-    monkeypatch.setattr(decodes, "MAX_FORWARDS", 64)
     longest = max(len(each.prompt_ids) + len(each.forced_ids) for each in given)
     short = answer(engine, exercises(1), max_length=longest + 6)
     assert facts(short) == facts(by_stack_decoder(engine, given, max_new_tokens=6))
