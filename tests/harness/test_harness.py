@@ -14,6 +14,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
+from tiny_tokenizers import write_bpe
 from transformers import AutoModelForCausalLM
 
 from nmar_ds.errors import ConfigError, NmarError, VocabularyError
@@ -22,7 +23,8 @@ from nmar_ds.inference.generation import encode_prompt
 from nmar_ds.inference.harness import NmarLM
 from nmar_ds.inference.harness_requests import draw_numbers, understand
 from nmar_ds.inference.rendering import response_text, without_undos
-from nmar_ds.traces.encoding import Tokenizer, train_sentencepiece
+from nmar_ds.inference.scoring import score_texts
+from nmar_ds.traces.encoding import Tokenizer, add_undo, train_sentencepiece
 from nmar_ds.traces.reduction import reduce
 
 ROOT = Path(__file__).parents[2]
@@ -196,6 +198,20 @@ def test_loglikelihood_is_that_of_transformers(
         [asked("loglikelihood", *pairs[0])], disable_tqdm=True
     )
     assert (banned[0][0] > answers[0][0] + 1e-4) == (undo == "allow")
+
+
+def test_a_continuation_is_encoded_as_one(tmp_path: Path) -> None:
+    """Where a start of text gets a space of its own, a continuation must not."""
+    plain = write_bpe(tmp_path / "plain", add_prefix_space=True)
+    tokenizer = add_undo(plain, tmp_path / "undo")
+    lm = NmarLM(examined.make_export(tmp_path / "export", tokenizer))
+    ids = tokenizer.encode("sun", continuation=True)
+    assert ids.tolist() != tokenizer.encode("sun", continuation=False).tolist()
+    prompt = encode_prompt("Reverse: nus\n", tokenizer)
+    (wanted,) = score_texts(lm.model, [prompt], [ids], undo_id=tokenizer.undo_id)
+    request = asked("loglikelihood", "Reverse: nus\n", "sun")
+    ((found, _),) = lm.loglikelihood([request], disable_tqdm=True)
+    assert found == pytest.approx(wanted.log_probability, abs=1e-6)
 
 
 def test_what_greedy_decoding_writes_is_greedy(export: Path) -> None:
