@@ -22,6 +22,7 @@ Found = dict[str, float | None]
 COLUMNS: dict[tuple[str, str], str] = {
     ("greedy", "raw"): "greedy raw",
     ("greedy", "reduced"): "greedy reduced",
+    ("greedy", "banned"): "greedy undo-banned",
     ("sampled", "raw"): "sampled raw",
     ("sampled", "reduced"): "sampled reduced",
     ("greedy", "undo_gain"): "greedy, gain by undo",
@@ -38,9 +39,12 @@ COLUMNS: dict[tuple[str, str], str] = {
     ("end", "undo_count_accuracy"): "count right",
     ("store", "error_targets"): "errors of targets",
 }
-COMPARED = (("greedy", "reduced"), ("sampled", "reduced"), ("greedy", "false_undo"),
-            ("end", "log_p_deviation_per_token"), ("end", "p_undo_at_first_place"))  # fmt: skip
+COMPARED = (("greedy", "reduced"), ("greedy", "banned"), ("sampled", "reduced"),
+            ("greedy", "false_undo"), ("end", "log_p_deviation_per_token"),
+            ("end", "p_undo_at_first_place"))  # fmt: skip
 GAP = ("greedy", "reduced")
+# Banned: whether a model errs; reduced: also how well it takes that back.
+GAPS = (GAP, ("greedy", "banned"))
 UNDO_GAIN = "undo_gain"  # reduced minus undo-banned: what being allowed to take back is worth
 
 
@@ -76,14 +80,16 @@ def difference(a: Mapping[int, Any], b: Mapping[int, Any], place: tuple[str, str
     return {**interval(values), "seeds": len(values)} if values else None
 
 
-def gap_of_gaps(results: Results, first: str, other: str) -> Found | None:
-    """(mSFT - SFT under `first`) - (the same under `other`), greedy reduced, seed by seed."""
+def gap_of_gaps(
+    results: Results, first: str, other: str, place: tuple[str, str] = GAP
+) -> Found | None:
+    """(mSFT - SFT under `first`) - (the same under `other`), seed by seed."""
     arms = [results.get((name, objective), {}) for name in (first, other)
             for objective in ("msft", "sft")]  # fmt: skip
     seeds = set.intersection(*(set(arm) for arm in arms))
     values = []
     for seed in sorted(seeds):
-        a, b, c, d = (value(arm[seed], GAP) for arm in arms)
+        a, b, c, d = (value(arm[seed], place) for arm in arms)
         if a is not None and b is not None and c is not None and d is not None:
             values.append((a - b) - (c - d))
     return {**interval(values), "seeds": len(values)} if values else None
@@ -154,9 +160,10 @@ def _differences(study: Study, results: Results) -> list[dict[str, Any]]:
 
 def _gaps(study: Study, results: Results) -> list[dict[str, Any]]:
     return [
-        {"a": study.gaps[0], "b": other, **found}
+        {"a": study.gaps[0], "b": other, "measure": ".".join(place), **found}
         for other in study.gaps[1:]
-        if (found := gap_of_gaps(results, study.gaps[0], other)) is not None
+        for place in GAPS
+        if (found := gap_of_gaps(results, study.gaps[0], other, place)) is not None
     ]
 
 
@@ -187,8 +194,8 @@ def conclusions(found: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         (shown if _holds(one) else left).append(_with_seeds(text, one))
     for one in found["gaps"]:
         text = (
-            f"greedy reduced: the gain by masking (mSFT - SFT) on {one['a']} minus that on "
-            f"{one['b']}: {_text(one)}"
+            f"{names[one['measure']]}: the gain by masking (mSFT - SFT) on {one['a']} minus that "
+            f"on {one['b']}: {_text(one)}"
         )
         (shown if _holds(one) else left).append(_with_seeds(text, one))
     return shown, [*left, "Anything about other models, tasks, sizes or longer training."]

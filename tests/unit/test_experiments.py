@@ -274,7 +274,8 @@ def test_intervals_are_those_worked_out_by_hand(tmp_path: Path) -> None:
         {"mean": 0.25, "low": 0.25 - half, "high": 0.25 + half}
     )
     # Paired: -.1, -.2, 0, so mean -.1 and standard deviation .1 again: its interval holds 0.
-    greedy, log_p = found["differences"]
+    greedy, banned, log_p = found["differences"]
+    assert banned["measure"] == "greedy.banned" and banned["mean"] == 0.0
     assert greedy["measure"] == "greedy.reduced" and greedy["seeds"] == 3
     assert (greedy["mean"], greedy["low"]) == pytest.approx((-0.1, -0.1 - half))
     # 4 at every seed.
@@ -302,6 +303,8 @@ def test_a_gap_of_gaps_is_paired_by_seed() -> None:
     assert found is not None
     half = 4.303 * 0.152753 / math.sqrt(3)
     assert (found["mean"], found["high"]) == pytest.approx((1 / 3, 1 / 3 + half), rel=1e-5)
+    banned = findings.gap_of_gaps(results, "a", "b", ("greedy", "banned"))
+    assert banned is not None and banned["mean"] == 0.0
     del results["b", "sft"][2]
     fewer = findings.gap_of_gaps(results, "a", "b")
     assert fewer is not None and fewer["mean"] == pytest.approx(0.25) and fewer["seeds"] == 2
