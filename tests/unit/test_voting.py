@@ -290,4 +290,13 @@ def test_an_exported_baseline_never_undoes(
         results, model, tokenizer=bpe_tokenizer, settings=settings, examination=examination,
         vote=Vote(max_k=2),
     )  # fmt: skip
-    assert len(seen) >= 20 and all(one.num_undos == 0 for one in seen)
+    assert len(seen) == 2 * 3 * 5 and all(one.num_undos == 0 for one in seen)
+    # Two samples of each problem, and greedily, family by family: other draws every time.
+    first, second, greedy = (
+        [one.emitted_ids.tolist() for one in seen[start : start + 5]] for start in (0, 5, 10)
+    )
+    assert all(one != other for one, other in zip(first, second, strict=True))
+    prompts = [sample.problem.prompt_ids for sample in results["g0"].free]
+    banned = decode(model, prompts, machine=settings.machine, eos_id=settings.eos_id,
+                    pad_id=settings.pad_id, max_new_tokens=9, undo_mode="ban")  # fmt: skip
+    assert greedy == [one.emitted_ids.tolist() for one in banned]
