@@ -53,6 +53,8 @@ def collect(study: Study, output: Path) -> Results:
     found: Results = {}
     for cell in study.cells:
         result = finished(cell, output)
+        if result is not None and cell.condition in study.untrained:
+            result = {**result, "end": result["start"]}
         if result is not None:
             found.setdefault((cell.condition, cell.objective), {})[cell.seed] = result
     return found

@@ -42,6 +42,8 @@ class Study:
         base: the arm whose greedy accuracy says whether the task can tell anything.
         differences: arms (a, b): a - b is reported, paired by seed.
         gaps: conditions whose SFT - mSFT differences are compared, first against each other one.
+        untrained: conditions whose runs stand for the model they start from: of their held-out
+            figures those before the first step count.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Study:
     base: Arm
     differences: tuple[tuple[Arm, Arm], ...]
     gaps: tuple[str, ...] = ()
+    untrained: tuple[str, ...] = ()
 
 
 def _to_export() -> tuple[tuple[str, Command], ...]:
@@ -290,7 +293,7 @@ def parroting() -> Study:
             *(tuned_cell(source, "msft", seed) for seed in SEEDS for source in SOURCES),
             *(parroting_cell(source, seed) for seed in SEEDS for source in SOURCES),
         ),
-        base=("none", "base"),
+        base=("none", "base"), untrained=tuple(own.values()),
         differences=(
             *(((own[source], "msft"), (source, "msft")) for source in SOURCES),
             *(((own[source], "msft"), (own["on_policy"], "msft")) for source in ("random", "hard")),

@@ -333,6 +333,22 @@ def test_two_seeds_show_nothing(tmp_path: Path) -> None:
     assert empty["status"] == "missing" and empty["shown"] == []
 
 
+def test_a_run_that_stands_for_its_start_counts_by_it(tmp_path: Path) -> None:
+    """One step at a full learning rate made P(undo) 0.9 of 0.03: it is no figure of the model."""
+    one = cell("shown", condition="shown", objective="msft")
+    finish(one, tmp_path, {**result_of(0.5, -1.0), "start": {"log_p_deviation_per_token": -5.0}})
+    place = ("end", "log_p_deviation_per_token")
+    for untrained, expected in (((), -1.0), (("shown",), -5.0)):
+        results = findings.collect(study(one, untrained=untrained), tmp_path)
+        assert findings.value(results["shown", "msft"][0], place) == expected
+    parroting = studies.parroting()
+    assert len(parroting.untrained) == 3
+    assert all(
+        (each.condition in parroting.untrained) == each.name.startswith("own-errors")
+        for each in parroting.cells
+    )
+
+
 def test_runs_of_other_settings_do_not_count(tmp_path: Path) -> None:
     toy = toy_study(tmp_path, 0.5)
     file = tmp_path / "sft0/result.json"
