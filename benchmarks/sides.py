@@ -4,7 +4,8 @@ Each side lives in processes of its own and takes one optimizer step when told t
 both can be taken in turns. TRL's trainer runs unmodified: a callback waits at the beginning of a
 step and tells its time at the end (its data loading and logging are outside). Our time includes the
 making of the batch. Both sides: AdamW, learning rate 1e-4, no decay, clipping at 1, one row per
-micro-batch; no activation checkpointing, unless `recomputes` leaves it to TRL, whose default it is. The loss is the mean over trained tokens.
+micro-batch; no activation checkpointing, unless `recomputes` leaves it to TRL, whose default it is.
+The loss is the mean over trained tokens.
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ def trl_worker(pipe: Connection, job: dict[str, Any], env: dict[str, str]) -> No
         packing_strategy="bfd", max_length=job["capacity"], per_device_train_batch_size=1,
         gradient_accumulation_steps=job["accumulation"], learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0, warmup_steps=0,
-        gradient_checkpointing=job.get("recomputes", False), bf16=job["autocast"], use_cpu=True, report_to="none",
+        gradient_checkpointing=job["recomputes"], bf16=job["autocast"], use_cpu=True,
+        report_to="none",
         save_strategy="no", logging_steps=1, disable_tqdm=True, dataloader_num_workers=0,
         train_sampling_strategy="sequential", dataset_num_proc=1,
         deepspeed=job["deepspeed"],
@@ -408,7 +410,7 @@ def job_of(model: str, place: str, **settings: Any) -> dict[str, Any]:
     folder = model_folder(model, Path(place))
     job = {
         "model": str(folder), "folder": place, "dtype": "float32", "autocast": False,
-        "accumulation": 1, "threads": None, "deepspeed": None,
+        "accumulation": 1, "threads": None, "recomputes": False, "deepspeed": None,
         "vocab": TINY["vocab_size"] if model == "tiny" else 49_152, **settings,
     }  # fmt: skip
     job["rows"] = job["steps"] * job["accumulation"] * job.get("world_size", 1)
