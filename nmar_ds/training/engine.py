@@ -7,7 +7,6 @@ ZeRO-3 engine, reductions, and the agreement of all ranks on one answer.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import datetime
 import gc
 import logging
@@ -32,6 +31,7 @@ from nmar_ds.errors import (
     SaveError,
 )
 from nmar_ds.files import about
+from nmar_ds.training.cpu_step import flatten_in_place, keep_freed_memory, take_norms_in_blocks
 from nmar_ds.training.nodes import choose_interface, meet
 from nmar_ds.training.plain_data import not_plain_data
 from nmar_ds.training.ranks import Ranks, threads_per_rank
@@ -92,7 +92,7 @@ def start_process_group(
     else:
         device = torch.device("cpu")
         backend = "gloo"
-        _keep_freed_memory()
+        keep_freed_memory()
         choose_interface(os.environ, ranks)
         # Compiled with g++ at every first start, and serves inference only. The whole table is put
         # in its place: reading it makes DeepSpeed probe every extension, with compilers.
@@ -116,20 +116,6 @@ def start_process_group(
     if formed != ranks.world_size or torch.distributed.get_rank() != ranks.rank:
         raise LaunchError(f"{formed} ranks met, expected {ranks.world_size}")
     return device
-
-
-def _keep_freed_memory() -> None:
-    """Tell glibc to use freed blocks again rather than give them back to the kernel at once.
-
-    A step frees its activations and asks for them again; memory that the kernel has to clear in
-    between costs a small model's step some percent. Other C libraries are left as they are. At
-    most 2 GB at the heap's end stay with the process.
-    """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-    if set_option is not None:
-        trim_threshold, mmap_threshold = -1, -3  # their names in malloc.h
-        set_option(mmap_threshold, 1 << 30)
-        set_option(trim_threshold, 2**31 - 1)
 
 
 def device_kind() -> str:
@@ -240,49 +226,6 @@ def make_optimizer(
     )
 
 
-NORM_BLOCK = 1 << 18  # elements: 2 MB in float64, which a core's cache holds
-
-
-def _take_norms_in_blocks(zero: Any) -> None:
-    """Let DeepSpeed's optimizer find the gradient's 2-norm without a copy in float64.
-
-    It converts each partition as a whole, which costs a CPU more than the optimizer's own step.
-    The norm of the blocks' norms is the same one, up to float64's rounding.
-    """
-    whole = zero.get_grad_norm_direct
-
-    def in_blocks(gradients: Sequence[torch.Tensor], params: Any, norm_type: float = 2) -> Any:
-        assert norm_type == 2, "the configuration clips by the 2-norm alone"
-        norms = [
-            [block.double().norm() for block in torch.split(part.reshape(-1), NORM_BLOCK)]
-            for part in gradients
-        ]
-        return whole([torch.stack(blocks) for blocks in norms], params, norm_type)
-
-    zero.get_grad_norm_direct = in_blocks
-
-
-def _flatten_in_place(zero: Any) -> None:
-    """Let DeepSpeed's optimizer read a sub-group's gradients where they lie.
-
-    They are neighbours in one buffer, which the next step's first backward overwrites; copying them
-    out takes a step's time and as much memory as they have.
-    """
-    copied = zero.flatten
-
-    def in_place(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        end = tensors[0].data_ptr()
-        for part in tensors:
-            if part.data_ptr() != end or not part.is_contiguous():
-                flat: torch.Tensor = copied(tensors)
-                return flat
-            end += part.nbytes
-        total = sum(part.numel() for part in tensors)
-        return tensors[0].as_strided((total,), (1,))
-
-    zero.flatten = in_place
-
-
 @dataclass(frozen=True, slots=True)
 class Resliced:
     """A rank's state out of a checkpoint of another number of ranks.
@@ -324,8 +267,8 @@ class Engine:
         self.rank = torch.distributed.get_rank()
         self.device = self._engine.device
         if self.device.type == "cpu":
-            _take_norms_in_blocks(self._engine.optimizer)
-            _flatten_in_place(self._engine.optimizer)
+            take_norms_in_blocks(self._engine.optimizer)
+            flatten_in_place(self._engine.optimizer)
         self._problem: SaveError | None = None
         self._host_memory = HostMemory()  # empty until a save copies
         self._take: Callable[[dict[str, Any], Path], None] = write_file

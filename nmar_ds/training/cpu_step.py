@@ -1,0 +1,71 @@
+"""What a step on CPUs need not do: clear memory it had a moment ago, and copy its gradients about.
+
+DeepSpeed's optimizer moves gradients as suits a GPU, whose memory is a hundred times as fast. On
+a CPU a pass over the gradients of a small model is some percent of its step, and one through fresh
+memory several times that (docs/speed.md).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+NORM_BLOCK = 1 << 18  # elements: 2 MB in float64, which a core's cache holds
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to use freed blocks again rather than give them back to the kernel at once.
+
+    A step frees its activations and asks for them again; memory that the kernel has to clear in
+    between costs a small model's step some percent. Other C libraries are left as they are. At
+    most 2 GB at the heap's end stay with the process.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        trim_threshold, mmap_threshold = -1, -3  # their names in malloc.h
+        set_option(mmap_threshold, 1 << 30)
+        set_option(trim_threshold, 2**31 - 1)
+
+
+def take_norms_in_blocks(zero: Any) -> None:
+    """Let DeepSpeed's optimizer find the gradient's 2-norm without a copy in float64.
+
+    It converts each partition as a whole, which costs a CPU more than the optimizer's own step.
+    The norm of the blocks' norms is the same one, up to float64's rounding.
+    """
+    whole = zero.get_grad_norm_direct
+
+    def in_blocks(gradients: Sequence[torch.Tensor], params: Any, norm_type: float = 2) -> Any:
+        assert norm_type == 2, "the configuration clips by the 2-norm alone"
+        norms = [
+            [block.double().norm() for block in torch.split(part.reshape(-1), NORM_BLOCK)]
+            for part in gradients
+        ]
+        return whole([torch.stack(blocks) for blocks in norms], params, norm_type)
+
+    zero.get_grad_norm_direct = in_blocks
+
+
+def flatten_in_place(zero: Any) -> None:
+    """Let DeepSpeed's optimizer read a sub-group's gradients where they lie.
+
+    They are neighbours in one buffer, which the next step's first backward overwrites; copying them
+    out takes a step's time and as much memory as they have.
+    """
+    copied = zero.flatten
+
+    def in_place(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        buffer, end = tensors[0].untyped_storage().data_ptr(), tensors[0].data_ptr()
+        for part in tensors:
+            inside = part.untyped_storage().data_ptr() == buffer and part.is_contiguous()
+            if part.data_ptr() != end or not inside:
+                flat: torch.Tensor = copied(tensors)
+                return flat
+            end += part.nbytes
+        total = sum(part.numel() for part in tensors)
+        return tensors[0].as_strided((total,), (1,))
+
+    zero.flatten = in_place
