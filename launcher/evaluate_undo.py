@@ -112,8 +112,12 @@ def check_numbers(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     for name in ("num_problems", "num_traces", "max_length", "batch_size", "vote"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if options.max_new_tokens is not None and options.max_new_tokens < 1:
+        parser.error("--max-new-tokens must be at least 1")
     if min(options.samples, options.seed, options.step) < 0:
         parser.error("--samples, --seed and --step must not be negative")
+    if options.seed >= 2**63:
+        parser.error("--seed must be below 2^63")
     if not 0 <= options.temperature < float("inf"):
         parser.error("--temperature must be a number of at least 0")
     if not 0 < options.vote_temperature < float("inf"):

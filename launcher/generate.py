@@ -65,6 +65,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.seed < 0:
         parser.error("--seed must not be negative")
+    if options.seed >= 2**63:
+        parser.error("--seed must be below 2^63")
     if options.delay and not (options.stream and 0 < options.delay < 60):
         parser.error("--delay: expected seconds up to 60, with --stream")
     if "" in options.stop:

@@ -42,6 +42,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_intermixed_args(argv)
     if options.seed < 0:
         parser.error("--seed must not be negative")
+    if options.seed >= 2**63:
+        parser.error("--seed must be below 2^63")
     return options
 
 

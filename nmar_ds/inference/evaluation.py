@@ -98,10 +98,12 @@ def allowed_tokens(
     problems: Sequence[Problem], settings: ExportSettings, examination: Examination
 ) -> int:
     """Tokens a response may have; see `evaluate`."""
+    if examination.max_new_tokens is not None:
+        return examination.max_new_tokens
     longest = max(len(problem.reference_ids) for problem in problems)
     # A span or a whole response is written again after each undo, not its wrong end only.
     num_times = 2 if settings.semantics == "token" else 4
-    return examination.max_new_tokens or num_times * longest + 4 * examination.max_length
+    return num_times * longest + 4 * examination.max_length
 
 
 class _Family:

@@ -82,10 +82,12 @@ def load_problems(
     Deviations that a record carries are not used here: probes get their own.
 
     Raises:
-        TraceError: a bad record, or one that is not a single prompt and reference in text.
+        TraceError: a bad record, one that is not a single prompt and reference in text, or a file
+            without any: with nothing examined every bar would be cleared.
     """
     groups: dict[str, list[Problem]] = {}
     for path in paths:
+        record = None
         for record in read_records(path):
             if len(record.turns) != 1:
                 raise TraceError(
@@ -93,6 +95,8 @@ def load_problems(
                 )
             name = record.group or Path(path).name.split(".")[0]
             groups.setdefault(name, []).append(_problem(record, tokenizer, chat))
+        if record is None:
+            raise TraceError(path, None, "file", "holds no record", "at least one")
     return groups
 
 

@@ -623,6 +623,7 @@ def test_launcher_reports_and_fails_on_a_missed_bar(
         (["--baseline", "/nowhere"], "--baseline: /nowhere: no such folder"),
         (["--store", "/nowhere"], "/nowhere/manifest.json: missing, expected a trace store"),
         (["--heldout", "/nowhere/h.jsonl"], "/nowhere/h.jsonl: file: No such file"),
+        (["--heldout", "TMP/empty.jsonl"], "empty.jsonl: file: holds no record, expected at least"),
         (["--train", "/nowhere/t.jsonl"], "/nowhere/t.jsonl: file: No such file"),
     ],
 )
@@ -635,6 +636,8 @@ def test_launcher_refuses_in_one_line_before_torch(
     facts = {name: getattr(settings_of(tokenizer), name) for name in ExportSettings.__slots__}
     (export / "nmar.json").write_text(json.dumps(facts | {"format_version": 1}))
     tokenizer.save(export / "nmar_tokenizer")
+    (tmp_path / "empty.jsonl").touch()
+    arguments = [argument.replace("TMP", str(tmp_path)) for argument in arguments]
     done = launch("--model", str(export), "--heldout", str(heldout), "--num-problems", "10",
                   *arguments)  # fmt: skip
     assert done.returncode == 2
