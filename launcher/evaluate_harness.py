@@ -58,6 +58,8 @@ def run(options: argparse.Namespace) -> None:
     from nmar_ds.inference.exported import read_settings
 
     read_settings(options.model)
+    if options.output is not None and options.output.is_dir():
+        raise ConfigError(f"--output: {options.output} is a folder, expected a file")
     if options.output is not None and not options.output.absolute().parent.is_dir():
         raise ConfigError(f"--output: no folder {options.output.parent}, expected an existing one")
 

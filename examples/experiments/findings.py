@@ -70,9 +70,12 @@ def value(result: Mapping[str, Any], place: tuple[str, str]) -> float | None:
 
 
 def over_seeds(runs: Mapping[int, Mapping[str, Any]], place: tuple[str, str]) -> Found | None:
-    """Mean and 95 % t interval over the seeds that have the figure; None where none has."""
-    values = [number for run in runs.values() if (number := value(run, place)) is not None]
-    return interval(values) if values else None
+    """Mean, 95 % t interval and the values of the seeds that have the figure; None without one."""
+    values = {seed: number for seed in sorted(runs)
+              if (number := value(runs[seed], place)) is not None}  # fmt: skip
+    if not values:
+        return None
+    return {**interval([*values.values()]), "by_seed": {str(k): v for k, v in values.items()}}
 
 
 def difference(a: Mapping[int, Any], b: Mapping[int, Any], place: tuple[str, str]) -> Found | None:

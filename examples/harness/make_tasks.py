@@ -74,10 +74,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="file to write")
     parser.add_argument("--seed", type=int, default=7)
     arguments = parser.parse_args(argv)
-    lines = arguments.problems.read_text(encoding="utf-8").splitlines()
-    documents = [document(json.loads(line), arguments.seed) for line in lines]
-    text = "".join(json.dumps(entry) + "\n" for entry in documents)
-    arguments.output.write_text(text, encoding="utf-8")
+    try:
+        lines = arguments.problems.read_text(encoding="utf-8").splitlines()
+        documents = [document(json.loads(line), arguments.seed) for line in lines]
+        text = "".join(json.dumps(entry) + "\n" for entry in documents)
+        arguments.output.write_text(text, encoding="utf-8")
+    except (OSError, ValueError, KeyError) as error:
+        print(f"error: {arguments.problems}: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -171,7 +171,8 @@ def _decoder_of_heldout(
         return str
     lm: Any = engine.module.lm
     max_length = config.data.sequence_length
-    max_length = min(max_length, getattr(lm.config, "max_position_embeddings", max_length))
+    positions = getattr(lm.config, "max_position_embeddings", None)
+    max_length = min(max_length, positions or max_length)
 
     def decode() -> str:
         found = decodes.decode_exercises(
