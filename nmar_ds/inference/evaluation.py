@@ -207,11 +207,9 @@ class _Family:
             [np.concatenate([p.prompt_ids, p.reference_ids[:-1]]) for p in self.problems]
         )
         wrong = scores([np.concatenate([p.problem.prompt_ids, p.forced_ids]) for p in probes])
-        tops = np.concatenate(
-            [score.is_top[start:] for score, start in zip(clean, starts, strict=True)]
-        )
+        tops = [score.is_top[start:] for score, start in zip(clean, starts, strict=True)]
         return {
-            "false_undo_prefix": Rate(int(tops.sum()), len(tops), len(self.problems)),
+            "false_undo_prefix": Rate.spread((int(top.sum()) for top in tops), map(len, tops)),
             "undo_auroc": self._auroc(probes, clean, wrong),
         }
 

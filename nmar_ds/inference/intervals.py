@@ -46,11 +46,16 @@ def resampled_sums(columns_PC: npt.ArrayLike, *, seed: int = SEED) -> Floats:
 
 
 def bounds(values_R: Floats) -> Bounds:
-    """Percentile interval; resamples in which nothing was counted (nan) say nothing."""
+    """Percentile interval; resamples in which nothing was counted (nan) say nothing.
+
+    None where it would be a point: units that all agree do not tell how others might differ.
+    """
     known = values_R[~np.isnan(values_R)]
     if not len(known):
         return None, None
     low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    if np.isclose(low, high, rtol=1e-12, atol=0.0):  # sums of equal values differ in a last bit
+        return None, None
     return float(low), float(high)
 
 

@@ -127,11 +127,11 @@ def measure_forced(
 
 def precision(pops: Sequence[Pops]) -> Rate:
     """Wrong tokens among those popped, of the responses that popped any."""
-    popped = [pop.popped_wrong + pop.popped_right for pop in pops]
-    return Rate(sum(pop.popped_wrong for pop in pops), sum(popped), sum(map(bool, popped)))
+    return Rate.spread(
+        (pop.popped_wrong for pop in pops), (pop.popped_wrong + pop.popped_right for pop in pops)
+    )
 
 
 def recall(pops: Sequence[Pops]) -> Rate:
     """Tokens popped among the wrong ones, of the responses that wrote any."""
-    wrong = [pop.num_wrong for pop in pops]
-    return Rate(sum(pop.popped_wrong for pop in pops), sum(wrong), sum(map(bool, wrong)))
+    return Rate.spread((pop.popped_wrong for pop in pops), (pop.num_wrong for pop in pops))

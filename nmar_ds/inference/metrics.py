@@ -32,13 +32,13 @@ class Rate:
     Attributes:
         num: events that happened.
         of: events that could have.
-        units: problems the events are spread over, where one problem gives several: tokens of a
-            response go wrong together, so the interval is that of as many events as problems.
+        units: independent events they are worth, where one problem gives several: tokens of a
+            response go wrong together, and an interval over tokens would be too narrow.
     """
 
     num: int
     of: int
-    units: int | None = None
+    units: float | None = None
 
     @classmethod
     def over(cls, events: Iterable[bool]) -> Rate:
@@ -46,19 +46,38 @@ class Rate:
         listed = [bool(event) for event in events]
         return cls(sum(listed), len(listed))
 
+    @classmethod
+    def spread(cls, nums: Iterable[int], sizes: Iterable[int]) -> Rate:
+        """Add up events that come by problem: what happened, and could have, in each.
+
+        The problems are worth `sum(sizes)^2 / sum(sizes^2)` events: their number where all are of
+        a size, and hardly more than 1 where one of them has nearly all events.
+
+        Source: Kish 1965, Survey Sampling, ch. 8, with events of one problem wholly dependent.
+        """
+        listed = [int(size) for size in sizes]
+        squares = sum(size * size for size in listed)
+        units = sum(listed) ** 2 / squares if squares else 0.0
+        return cls(sum(int(num) for num in nums), sum(listed), units)
+
     @property
     def value(self) -> float | None:
         """Num / of, None where nothing could have happened."""
         return self.num / self.of if self.of else None
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Wilson's 95 % interval."""
+        units = self.of if self.units is None else min(self.units, self.of)
+        return wilson((self.value or 0.0) * units, units)
+
     def as_dict(self) -> dict[str, float | int | None]:
         """The form kept in reports: counts, share and its Wilson 95 % interval."""
-        value, units = self.value, self.of if self.units is None else min(self.units, self.of)
-        low, high = wilson((value or 0.0) * units, units)
+        value, (low, high) = self.value, self.bounds
         return {"value": value, "num": self.num, "of": self.of, "low": low, "high": high}
 
 
-def wilson(num: float, of: int, z: float = Z_95) -> tuple[float, float]:
+def wilson(num: float, of: float, z: float = Z_95) -> tuple[float, float]:
     """Score interval of a binomial share; (0, 1) where nothing was counted.
 
     Source: Wilson 1927, JASA 22:209. Unlike the normal interval it does not shrink to a point

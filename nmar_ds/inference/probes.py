@@ -82,8 +82,8 @@ def load_problems(
     Deviations that a record carries are not used here: probes get their own.
 
     Raises:
-        TraceError: a bad record, one that is not a single prompt and reference in text, or a file
-            without any: with nothing examined every bar would be cleared.
+        TraceError: a bad record, one that is not a single prompt and reference in text, one with an
+            empty answer, or a file without any: no bar is missed where nothing is examined.
     """
     groups: dict[str, list[Problem]] = {}
     for path in paths:
@@ -101,6 +101,9 @@ def load_problems(
 
 
 def _problem(record: Record, tokenizer: Tokenizer, chat: ChatTemplate | None) -> Problem:
+    if record.answer is not None and not record.answer.strip():
+        # No response ends with it, so all would be wrong, and the vote for it right.
+        raise TraceError(record.path, record.line, "answer", "empty", "a text, or no such field")
     (turn,), (text,) = encode_record(record, tokenizer, chat).turns, record.turns
     return Problem(
         prompt=text.prompt,

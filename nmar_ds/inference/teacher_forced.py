@@ -19,10 +19,17 @@ from nmar_ds.data.loader import make_batch
 from nmar_ds.data.store import Store
 from nmar_ds.errors import ConfigError
 from nmar_ds.inference.intervals import bounds, resampled_sums
+from nmar_ds.inference.metrics import Rate
 from nmar_ds.inference.scoring import TargetScores, score_targets
-from nmar_ds.training.heldout import as_scalars, batch_sums
+from nmar_ds.training.heldout import NUM_TOTALS, as_scalars, batch_sums
 
 NUM_OWN = 3  # totals beside those of `batch_sums`
+# Shares of deviations, and the columns of both counts. A bootstrap of them would shrink to a point
+# where all or none do, which is where a trained model is.
+SHARES = {
+    "heldout/undo_count_accuracy": (NUM_TOTALS - 5, NUM_TOTALS - 1),
+    "heldout/enters_error_greedy": (NUM_TOTALS, NUM_TOTALS + 2),
+}
 Floats = npt.NDArray[np.float64]
 
 
@@ -38,8 +45,8 @@ def measure_store(
         num_traces: how many at most.
 
     Returns:
-        By the tags of training: value, its bootstrap interval over traces (None of one trace),
-        and the number of traces.
+        By the tags of training: value, its interval over traces, and the number of traces that
+        have a say in it. Shares of deviations have Wilson's, all else a bootstrap (None of one).
 
     Raises:
         ConfigError: a trace that is longer than the model's positions.
@@ -58,11 +65,18 @@ def measure_store(
     )
     sums_PC = np.stack([_sums(store, *pair) for pair in zip(chosen, scores, strict=True)])
     values = _scalars(sums_PC.sum(axis=0))
-    drawn = [_scalars(row_C) for row_C in resampled_sums(sums_PC)] if num > 1 else []
+    drawn = [_scalars(row_C) for row_C in resampled_sums(sums_PC)]
+    each = [_scalars(row_C) for row_C in sums_PC]
     found: dict[str, dict[str, float | int | None]] = {}
     for tag, value in values.items():
-        low, high = bounds(np.array([row.get(tag, np.nan) for row in drawn]))
-        found[tag] = {"value": value, "of": num, "low": low, "high": high}
+        num_units = sum(tag in own for own in each)
+        low, high = None, None
+        if tag in SHARES:
+            nums_P, sizes_P = sums_PC[:, SHARES[tag]].T
+            low, high = Rate.spread(nums_P, sizes_P).bounds
+        elif num_units > 1:
+            low, high = bounds(np.array([row.get(tag, np.nan) for row in drawn]))
+        found[tag] = {"value": value, "of": num_units, "low": low, "high": high}
     return found
 
 

@@ -10,6 +10,7 @@ are no more than those the examined model wrote, undone tokens, undos and stop t
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,8 +49,9 @@ def ballot(text: str, *, stopped: bool, problem: Problem) -> str | None:
     """What a response votes for; None where it was cut off and has no answer.
 
     Where the record has an answer, all right responses vote for it, and the others for their last
-    word: so a vote can only be split among wrong ones, which favours the baseline. Where it has
-    none, responses vote for themselves, to the character.
+    words, as many as the answer has: fewer ("apples" of "12 apples") would unite what is wrong in
+    different ways against the baseline. Where it has none, responses vote for themselves, to the
+    character.
     """
     if not stopped:
         return None
@@ -57,7 +59,9 @@ def ballot(text: str, *, stopped: bool, problem: Problem) -> str | None:
         return text
     if answered(text, stopped=True, reference=problem.reference, answer=problem.answer):
         return problem.answer
-    return (text.split() or [""])[-1]
+    # With the white space between them, or what is wrong for its white space would become right.
+    words = re.findall(r"\S+\s*", text)
+    return "".join(words[-len(problem.answer.split()) :]).strip()
 
 
 def is_right(choice: str | None, problem: Problem) -> bool:
@@ -86,7 +90,8 @@ def compare(
     Returns:
         k; tokens of both, and what one sample more would have made; accuracies with Wilson
         intervals (None of no sample); their difference, paired by problem, with a bootstrap
-        interval; the baseline's greedy accuracy; and the whole curve up to k.
+        interval (None where it is the same everywhere); the baseline's greedy accuracy; and the
+        whole curve up to k.
     """
     problems = [sample.problem for sample in model]
     budget = sum(len(sample.decoded.emitted_ids) for sample in model)

@@ -25,6 +25,7 @@ from nmar_ds.inference.bars import MEASURES, missed, parse_bar
 from nmar_ds.inference.decoding import decode
 from nmar_ds.inference.exported import ExportSettings
 from nmar_ds.inference.metrics import Rate
+from nmar_ds.inference.picture import NATS, PROBABILITIES
 from nmar_ds.inference.probes import (
     Probe,
     Problem,
@@ -193,10 +194,10 @@ def test_evaluate_a_model_that_notices_late_or_never(
     assert (found["free_latency"], found["mean_undos"]) == (3.0, 3 * num_odd / 30)
     assert result.measures["repaired"] == Rate(num_odd, num_odd)
     # Of 3 wrong tokens those who notice take back 3; the others' whole rest is wrong.
-    num_wrong = sum(len(s.problem.reference_ids) - 1 for s in result.free
-                    if s.problem.reference_ids[0] % 2 == 0)  # fmt: skip
-    recall = result.measures["undo_recall"]
-    assert recall == Rate(3 * num_odd, 3 * num_odd + num_wrong, 30)
+    references = [sample.problem.reference_ids for sample in result.free]
+    wrong = [3 if ids[0] % 2 else len(ids) - 1 for ids in references]
+    units = sum(wrong) ** 2 / sum(num * num for num in wrong)
+    assert result.measures["undo_recall"] == Rate(3 * num_odd, sum(wrong), units) and units < 30
     assert result.measures["undo_precision"] == Rate(3 * num_odd, 3 * num_odd, num_odd)
 
 
@@ -259,6 +260,20 @@ def test_evaluate_a_nervous_model_undoes_right_tokens(
     assert isinstance(rate, Rate)
     num_prefixes = sum(len(sample.problem.reference_ids) for sample in result.free)
     assert (rate.num, rate.of) == (30, num_prefixes)
+
+
+def test_evaluate_weighs_clean_references_by_their_length(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    rows = examined.records(40, seed=9)
+    for number, row in enumerate(rows):
+        row["reference"] = " ".join(row["reference"].split()[: 1 + number % 4])
+    families = load_problems([examined.write(tmp_path / "h.jsonl", rows)], tokenizer)
+    result = examine(tokenizer, families, careful(tokenizer.undo_id))
+    rate = result.measures["false_undo_prefix"]
+    sizes = [len(sample.problem.reference_ids) for sample in result.free]
+    units = sum(sizes) ** 2 / sum(size * size for size in sizes)
+    assert rate == Rate(0, sum(sizes), units) and units < 29
 
 
 def test_evaluate_corrected_needs_the_deviation_gone(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -649,3 +664,7 @@ def test_the_page_defines_every_measure() -> None:
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
     defined = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
     assert sorted(defined) == sorted(set(MEASURES) - {"n", "num_probes"})
+    tags = [tag for row in rows for tag in re.findall(r"`heldout/(\w+)`", row)]
+    (losses,) = re.findall(r"`heldout/loss_ROLE` \| -log p per token of (.*) \|", page)
+    tags += [f"loss_{role}" for role in losses.split(", ")]
+    assert sorted(tags) == sorted([*PROBABILITIES, *NATS, "loss_ROLE"])

@@ -57,6 +57,15 @@ def test_no_new_tokens_are_refused_and_never_taken_for_the_default(
     assert allowed_tokens(problems, settings, Examination()) > 5
 
 
+def test_an_empty_answer_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """No response is right by it; an empty one would vote for it."""
+    rows = examined.records(2)
+    for answer in ("", " \n"):
+        file = examined.write(tmp_path / "h.jsonl", [rows[0], rows[1] | {"answer": answer}])
+        with pytest.raises(TraceError, match=r"h\.jsonl:2: answer: empty, expected a text"):
+            load_problems([file], tokenizer)
+
+
 def test_each_heldout_file_has_to_hold_a_record(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Of no problems there would be no family, and no family misses a bar."""
     full = examined.write(tmp_path / "full.jsonl", examined.records(3))

@@ -79,5 +79,17 @@ def test_draws_are_seeded_and_do_not_depend_on_their_chunks(
 
 
 def test_bounds_leave_out_what_counted_nothing() -> None:
-    assert bounds(np.array([np.nan, 2.0, 2.0, np.nan])) == (2.0, 2.0)
+    known = np.linspace(2.0, 4.0, 41)
+    assert bounds(np.concatenate([[np.nan], known, [np.nan]])) == pytest.approx((2.05, 3.95))
     assert bounds(np.array([np.nan])) == (None, None)
+
+
+def test_units_that_all_agree_have_no_interval() -> None:
+    """Their resamples are equal: a point, which is not what is known of the next problem."""
+    assert bounds(np.array([np.nan, 2.0, 2.0])) == (None, None)
+    assert Mean.of([0] * 20).as_dict() == {"value": 0.0, "of": 20, "low": None, "high": None}
+    assert Mean.of([0.1, 0.1, 0.1]).bounds() == (None, None)  # equal but for a last bit
+    assert Mean.of([-1] * 8).bounds() == (None, None)
+    parted = Auroc(np.linspace(0.6, 0.9, 20), np.linspace(0.1, 0.5, 20))
+    assert parted.as_dict() == {"value": 1.0, "of": 20, "low": None, "high": None}
+    assert Mean.of([0] * 19 + [1]).bounds() == (0.0, pytest.approx(0.15))

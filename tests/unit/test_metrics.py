@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from nmar_ds.inference.measuring import precision, recall
 from nmar_ds.inference.metrics import (
     Pops,
     Rate,
@@ -57,6 +58,27 @@ def test_an_interval_over_tokens_is_that_of_their_problems() -> None:
     assert (report["low"], report["high"]) == wilson(3, 4)
     assert Rate(1, 2, 9).as_dict()["low"] == wilson(1, 2)[0]  # never more problems than tokens
     assert Rate(0, 0, 0).as_dict()["high"] == 1.0
+
+
+def test_an_interval_of_unequal_responses_is_that_of_the_large_ones() -> None:
+    """19 responses pop their one wrong token; one writes 200 and pops none."""
+    rate = Rate.spread([1] * 19 + [0], [1] * 19 + [200])
+    assert (rate.num, rate.of) == (19, 219)
+    # (19 + 200)^2 / (19 + 200^2): the large response alone decides.
+    assert rate.units == pytest.approx(47961 / 40019)
+    assert rate.bounds == wilson(19 / 219 * (47961 / 40019), 47961 / 40019)
+    assert rate.bounds[1] > 0.75 and wilson(20 * 19 / 219, 20)[1] < 0.31
+    assert Rate.spread([3, 0, 3], [3, 0, 3]).units == 2  # one without events is worth none
+    assert Rate.spread([0, 0], [0, 0]) == Rate(0, 0, 0)
+    assert Rate.spread([0, 0], [0, 0]).bounds == (0.0, 1.0)
+
+
+def test_precision_and_recall_weigh_responses_by_their_tokens() -> None:
+    one = Pops(popped_right=0, popped_along=7, popped_wrong=1, num_wrong=1)
+    large = Pops(popped_right=2, popped_along=0, popped_wrong=1, num_wrong=5)
+    none = Pops(popped_right=0, popped_along=0, popped_wrong=0, num_wrong=0)
+    assert precision([one, large, none]) == Rate(2, 4, 4**2 / (1 + 9))
+    assert recall([one, large, none]) == Rate(2, 6, 6**2 / (1 + 25))
 
 
 def test_transitions_divide_by_their_own_side() -> None:

@@ -19,6 +19,8 @@ from nmar_ds.inference import teacher_forced
 from nmar_ds.inference.exported import load_model
 from nmar_ds.inference.fitting import open_store
 from nmar_ds.inference.intervals import Mean
+from nmar_ds.inference.metrics import Rate
+from nmar_ds.inference.picture import NATS, PROBABILITIES
 from nmar_ds.inference.teacher_forced import measure_store
 from nmar_ds.traces.encoding import Tokenizer
 from nmar_ds.traces.schema import Role
@@ -95,7 +97,8 @@ def test_every_measure_is_that_of_single_prefixes(
     assert len(parts) > 10 and any(part["enters_error_sampled"] for part in parts)
     seen = {name for part in parts for name, values in part.items() if values}
     assert set(found) == {f"heldout/{name}" for name in seen}
-    assert {"enters_error_greedy", "p_undo_elsewhere", "undo_count_accuracy"} <= seen
+    # All there are, and so all that the picture draws.
+    assert seen == {*PROBABILITIES, *NATS}
     for name in seen:
         # A ratio of sums over traces, and so is its interval.
         wanted = Mean.ratio(
@@ -104,9 +107,12 @@ def test_every_measure_is_that_of_single_prefixes(
         measure = found[f"heldout/{name}"]
         assert measure["value"] == pytest.approx(wanted.value, rel=1e-4, abs=1e-7), name
         low, high = wanted.bounds()
+        if name in {"undo_count_accuracy", "enters_error_greedy"}:
+            nums = [int(sum(part[name])) for part in parts]
+            low, high = Rate.spread(nums, [len(part[name]) for part in parts]).bounds
         assert measure["low"] == pytest.approx(low, rel=1e-4, abs=1e-7), name
         assert measure["high"] == pytest.approx(high, rel=1e-4, abs=1e-7), name
-        assert measure["of"] == store.num_traces
+        assert measure["of"] == sum(bool(part[name]) for part in parts)
     assert found["heldout/loss_deviation"]["low"] < found["heldout/loss_deviation"]["high"]  # type: ignore[operator]
 
 
@@ -130,6 +136,38 @@ def test_entering_an_error_is_writing_its_first_wrong_token(
     found = measure_store(model, store, undo_id=tokenizer.undo_id, num_traces=100)
     assert found["heldout/enters_error_greedy"]["value"] == 1.0
     assert found["heldout/enters_error_sampled"]["value"] == 1.0
+    # All did, which of so many traces is no certainty; a bootstrap would have said so.
+    sizes = [len(store.onsets(n)) for n in range(store.num_traces)]
+    low, high = Rate.spread(sizes, sizes).bounds
+    greedy = found["heldout/enters_error_greedy"]
+    assert (greedy["low"], greedy["high"]) == (pytest.approx(low), high) and 0.5 < low < 0.95
+    assert found["heldout/enters_error_sampled"]["low"] is None
+    assert found["heldout/undo_count_accuracy"]["value"] == 0.0
+    assert found["heldout/undo_count_accuracy"]["high"] == pytest.approx(1 - low)
+
+
+def test_one_trace_with_a_deviation_gives_its_measures_no_interval(
+    model: Any, tokenizer: Tokenizer, folder: Path, tmp_path: Path
+) -> None:
+    """However many clean ones stand beside it."""
+    rows = examined.write(tmp_path / "clean.jsonl", examined.records(11, seed=5))
+    prepare_store([rows], tmp_path / "clean", tokenizer, builder="given", max_length=256)
+    clean, erring = Store(tmp_path / "clean"), Store(folder)
+    wrong = next(n for n in range(erring.num_traces) if len(erring.onsets(n)))
+    traces = [*(clean.trace(n) for n in range(11)), erring.trace(wrong)]
+    write_store(tmp_path / "both", traces, tokenizer=tokenizer)
+    store = Store(tmp_path / "both")
+    found = measure_store(model, store, undo_id=tokenizer.undo_id, num_traces=100)
+    for name in ("p_undo_where_due", "loss_undo", "loss_deviation", "enters_error_sampled"):
+        measure = found[f"heldout/{name}"]
+        assert (measure["of"], measure["low"], measure["high"]) == (1, None, None), name
+    for name in ("undo_count_accuracy", "enters_error_greedy"):
+        measure = found[f"heldout/{name}"]
+        low, high = measure["low"], measure["high"]
+        assert measure["of"] == 1 and low is not None and high is not None
+        assert high - low > 0.75, name  # one event
+    prefix = found["heldout/loss_prefix"]
+    assert (prefix["of"] or 0) >= 11 and prefix["low"] is not None
 
 
 def test_traces_are_spread_over_the_store(
@@ -147,7 +185,8 @@ def test_traces_are_spread_over_the_store(
     found = measure_store(model, store, undo_id=tokenizer.undo_id, num_traces=3)
     num = store.num_traces
     assert seen == [store.ids(n).tolist() for n in (0, num // 3, 2 * num // 3)]
-    assert found["heldout/loss_prefix"]["of"] == 3
+    begun = [Role.PREFIX in store.roles(n)[1:] for n in (0, num // 3, 2 * num // 3)]
+    assert found["heldout/loss_prefix"]["of"] == sum(begun) > 0
     alone = measure_store(model, store, undo_id=tokenizer.undo_id, num_traces=1)
     assert alone["heldout/loss_correction" if "heldout/loss_correction" in alone
                  else "heldout/loss_prefix"]["low"] is None  # fmt: skip

@@ -25,7 +25,7 @@ from nmar_ds.inference.exported import load_model, read_settings
 from nmar_ds.inference.intervals import Mean
 from nmar_ds.inference.metrics import Rate
 from nmar_ds.inference.probes import Problem, load_problems, select
-from nmar_ds.inference.voting import Vote, ballot, compare, lines, majority
+from nmar_ds.inference.voting import Vote, ballot, compare, is_right, lines, majority
 from nmar_ds.traces.encoding import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,6 +56,18 @@ def test_ballots() -> None:
     assert ballot("so it is 2\n", stopped=True, problem=answer) == "2"
     assert ballot("so it is 12", stopped=True, problem=answer) == "12"
     assert ballot("", stopped=True, problem=answer) == ""
+
+
+def test_what_is_wrong_in_different_ways_is_not_united() -> None:
+    asked = problem("so 16 apples", "16 apples")
+    texts = ["16 apples", "in all 16 apples", "12 apples", "so 13 apples.", "14 apples\n"]
+    ballots = [ballot(text, stopped=True, problem=asked) for text in texts]
+    assert ballots == ["16 apples", "16 apples", "12 apples", "13 apples.", "14 apples"]
+    assert is_right(majority(ballots), asked)  # their last word alone would have three votes
+    assert ballot("apples", stopped=True, problem=asked) == "apples"
+    assert ballot(" ", stopped=True, problem=asked) == ""
+    # Wrong to `answered`, so no vote for the answer.
+    assert not is_right(ballot("16  apples", stopped=True, problem=asked), asked)
 
 
 def test_majority_breaks_ties_by_the_order_of_sampling() -> None:
@@ -156,7 +168,7 @@ def test_a_response_that_was_cut_off_has_no_vote() -> None:
     )
     assert found["k"] == 2 and found["accuracy"]["baseline"] == Rate(0, 3).as_dict()
     assert found["difference"]["value"] == 1.0
-    assert pytest.approx(found["difference"]["low"]) == 1.0
+    assert (found["difference"]["low"], found["difference"]["high"]) == (None, None)
 
 
 # -- with models -------------------------------------------------------------------------------
