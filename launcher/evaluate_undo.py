@@ -149,8 +149,8 @@ def check(options: argparse.Namespace) -> SimpleNamespace:
     if not options.train:
         print("overlap with training data: not checked, no --train given")
     return SimpleNamespace(
-        bars=bars, settings=settings, tokenizer=tokenizer, families=families, overlap=overlap,
-        store=store,
+        bars=bars, settings=settings, tokenizer=tokenizer, families=families, chosen=chosen,
+        overlap=overlap, store=store,
     )  # fmt: skip
 
 
@@ -158,10 +158,14 @@ def check_places(options: argparse.Namespace) -> None:
     """Refuse places that cannot be written to, before hours are spent."""
     from importlib.util import find_spec
 
-    for name in ("output", "png"):
-        file = getattr(options, name)
-        if file is not None and not file.absolute().parent.is_dir():
-            raise ConfigError(f"--{name}: no folder {file.parent}, expected an existing one")
+    from nmar_ds.files import why_no_file, why_no_folder
+
+    checks = {"output": why_no_file, "png": why_no_file, "tensorboard": why_no_folder}
+    for name, check_place in checks.items():
+        place = getattr(options, name)
+        problem = None if place is None else check_place(place)
+        if problem is not None:
+            raise ConfigError(f"--{name}: {problem}")
     if options.png is not None and find_spec("matplotlib") is None:
         raise ConfigError("--png: needs matplotlib; pip install 'nmar_ds[plots]'")
 
@@ -187,6 +191,8 @@ def run(options: argparse.Namespace) -> int:
     )
     settings, tokenizer = checked.settings, checked.tokenizer
     model = load_model(options.model)
+    baseline = None if options.baseline is None else load_model(options.baseline)
+    check_room(model, baseline, checked, examination, options)
     results = evaluate(model, tokenizer, settings, checked.families, examination)
     console = Console()
     report.print_samples(
@@ -195,7 +201,12 @@ def run(options: argparse.Namespace) -> int:
     print()
     report.print_table(results, console)
     traces = {} if checked.store is None else score_traces(model, checked, options)
-    votes = {} if options.baseline is None else vote(model, results, checked, examination, options)
+    votes = {}
+    if baseline is not None:
+        votes = vote(
+            model, baseline, results=results, checked=checked, examination=examination,
+            options=options,
+        )  # fmt: skip
     lines = missed({name: result.measures for name, result in results.items()}, checked.bars)
     for line in lines:
         print(f"MISSED {line}")
@@ -203,6 +214,7 @@ def run(options: argparse.Namespace) -> int:
         about = {"model": str(options.model), "semantics": settings.semantics,
                  "num_problems": options.num_problems, "seed": options.seed,
                  "max_length": options.max_length, "temperature": options.temperature,
+                 "max_new_tokens": options.max_new_tokens,
                  "require": [str(bar) for bar in checked.bars]}  # fmt: skip
         whole = report.as_json(
             results, about=about, overlap=checked.overlap, missed=lines,
@@ -210,6 +222,23 @@ def run(options: argparse.Namespace) -> int:
         )  # fmt: skip
         write(whole | traces | votes, options)
     return 1 if lines else 0
+
+
+def check_room(
+    model: Any, baseline: Any, checked: SimpleNamespace, examination: Any,
+    options: argparse.Namespace,
+) -> None:  # fmt: skip
+    """Refuse what comes last and is too long for a model; `evaluate` refuses the rest."""
+    from nmar_ds.inference.evaluation import allowed_tokens
+    from nmar_ds.inference.fitting import check_positions
+    from nmar_ds.inference.teacher_forced import choose_traces
+
+    if checked.store is not None:
+        choose_traces(model, checked.store, options.num_traces)
+    for problems in checked.chosen.values() if baseline is not None else ():
+        num_new = allowed_tokens(problems, checked.settings, examination)
+        prompts = [problem.prompt_ids for problem in problems]
+        check_positions(f"--baseline: {options.baseline}", baseline, prompts, num_new)
 
 
 def score_traces(
@@ -228,14 +257,12 @@ def score_traces(
 
 
 def vote(
-    model: Any, results: Any, checked: SimpleNamespace, examination: Any,
+    model: Any, baseline: Any, *, results: Any, checked: SimpleNamespace, examination: Any,
     options: argparse.Namespace,
 ) -> dict[str, Any]:  # fmt: skip
     """The comparison at equal compute, for people and for the report."""
     from nmar_ds.inference import voting
-    from nmar_ds.inference.exported import load_model
 
-    baseline = load_model(options.baseline)
     found = voting.equal_compute(
         results, baseline, tokenizer=checked.tokenizer, settings=checked.settings,
         examination=examination,

@@ -57,6 +57,31 @@ def no_room(error: BaseException, path: Path, size: int) -> str:
     return f"{path}: {why.splitlines()[0]}; it needs {size:,} bytes, {free_bytes(path):,} are free"
 
 
+def why_no_file(path: Path) -> str | None:
+    """What keeps a file from being written at a place, None where nothing does."""
+    parent = path.absolute().parent
+    if not os.path.isdir(parent):
+        return f"no folder {path.parent}, expected an existing one"
+    if os.path.isdir(path):
+        return f"{path} is a folder, expected a file"
+    return _why_not_writable(parent)
+
+
+def why_no_folder(path: Path) -> str | None:
+    """What keeps a folder from being made at a place, or written to; None where nothing does."""
+    whole = path.absolute()
+    nearest = next(place for place in (whole, *whole.parents) if os.path.lexists(place))
+    if not os.path.isdir(nearest):
+        return f"{nearest} is no folder, expected one"
+    return _why_not_writable(nearest)
+
+
+def _why_not_writable(folder: Path) -> str | None:
+    if os.access(folder, os.W_OK | os.X_OK):
+        return None
+    return f"no permission to write in {folder}, expected a writable folder"
+
+
 def free_bytes(path: Path) -> int:
     """What the file system has left where a file is, or is going to be."""
     place = next(parent for parent in (path, *path.absolute().parents) if parent.exists())

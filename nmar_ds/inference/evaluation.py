@@ -12,12 +12,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nmar_ds.inference.decoding import Decoded, decode
 from nmar_ds.inference.exported import ExportSettings
+from nmar_ds.inference.fitting import check_positions
 from nmar_ds.inference.intervals import Auroc
 from nmar_ds.inference.measuring import Measures, Verdicts, measure_forced, measure_free
 from nmar_ds.inference.metrics import Rate
@@ -80,7 +81,8 @@ def evaluate(
             drawn with `seed`, one per problem and pass.
 
     Raises:
-        ConfigError: fewer held-out problems than asked for, without `allow_fewer`.
+        ConfigError: fewer held-out problems than asked for, without `allow_fewer`, or one that is
+            too long for the model; nothing was decoded then.
     """
     chosen = select(
         families,
@@ -88,10 +90,12 @@ def evaluate(
         seed=examination.seed,
         allow_fewer=examination.allow_fewer,
     )
-    return {
-        name: _Family(model, tokenizer, settings, problems, examination).run(name, families[name])
+    # All of them before the first is decoded: what a later one lacks room for shows at once.
+    exams = {
+        name: _Family(model, tokenizer, settings, examination, _Given(name, problems, families))
         for name, problems in chosen.items()
     }
+    return {name: exam.run() for name, exam in exams.items()}
 
 
 def allowed_tokens(
@@ -106,6 +110,14 @@ def allowed_tokens(
     return num_times * longest + 4 * examination.max_length
 
 
+class _Given(NamedTuple):
+    """The problems drawn of one family, and all there are."""
+
+    name: str
+    problems: list[Problem]
+    families: Mapping[str, list[Problem]]
+
+
 class _Family:
     """The examination of one family."""
 
@@ -114,27 +126,41 @@ class _Family:
         model: Any,
         tokenizer: Tokenizer,
         settings: ExportSettings,
-        problems: list[Problem],
         examination: Examination,
+        given: _Given,
     ) -> None:
+        problems = given.problems
         self.model = model
         self.tokenizer = tokenizer
         self.problems = problems
         self.examination = examination
         self.machine = settings.machine
+        self.probes = make_probes(
+            problems,
+            given.families[given.name],
+            tokenizer,
+            machine=self.machine,
+            name=given.name,
+            seed=examination.seed,
+            max_length=examination.max_length,
+        )
+        num_new = allowed_tokens(problems, settings, examination)
+        contexts = [problem.prompt_ids for problem in problems]
+        contexts += [np.concatenate([p.problem.prompt_ids, p.forced_ids]) for p in self.probes]
+        check_positions("the examined model", model, contexts, num_new)
         self.decode = partial(
             decode,
             model,
             machine=settings.machine,
             eos_id=settings.eos_id,
             pad_id=settings.pad_id,
-            max_new_tokens=allowed_tokens(problems, settings, examination),
+            max_new_tokens=num_new,
             batch_size=examination.batch_size,
             temperature=examination.temperature,
             seed=examination.seed,
         )
 
-    def run(self, name: str, family: Sequence[Problem]) -> FamilyResult:
+    def run(self) -> FamilyResult:
         """Decode free, banned and forced, and measure."""
         exam = self.examination
         free = self.decode([problem.prompt_ids for problem in self.problems])
@@ -145,15 +171,7 @@ class _Family:
         )
         for index, decoded in zip(again, redone, strict=True):
             banned[index] = decoded
-        probes = make_probes(
-            self.problems,
-            family,
-            self.tokenizer,
-            machine=self.machine,
-            name=name,
-            seed=exam.seed,
-            max_length=exam.max_length,
-        )
+        probes = self.probes
         forced = self.decode(
             [probe.problem.prompt_ids for probe in probes],
             forced=[probe.forced_ids for probe in probes],

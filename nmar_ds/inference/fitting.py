@@ -5,7 +5,9 @@ Checked before torch is imported.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from nmar_ds.data.store import MANIFEST, Store
 from nmar_ds.errors import ConfigError, StoreError
@@ -14,6 +16,7 @@ from nmar_ds.inference.exported import ExportSettings, read_settings
 from nmar_ds.model.folder import check_model_folder
 from nmar_ds.model.own_tokenizer import check_own_tokenizer
 from nmar_ds.traces.encoding import Tokenizer
+from nmar_ds.traces.schema import IdArray
 
 
 def open_store(folder: Path, settings: ExportSettings) -> Store:
@@ -44,6 +47,30 @@ def open_store(folder: Path, settings: ExportSettings) -> Store:
     if store.num_traces == 0:
         raise StoreError(f"{folder / MANIFEST}: holds no traces, expected some")
     return store
+
+
+def check_positions(
+    place: str, model: Any, prompts: Sequence[IdArray], max_new_tokens: int
+) -> None:
+    """Check that a model has places for every prompt and what is written after it.
+
+    Args:
+        place: the model's, for the message.
+        model: of transformers.
+        prompts: int arrays, one at least; with what is forced after them.
+        max_new_tokens: of a response.
+
+    Raises:
+        ConfigError: names the longest prompt's length.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    longest = max(map(len, prompts))
+    if positions is not None and longest + max_new_tokens > positions:
+        raise ConfigError(
+            f"{place}: {longest} prompt tokens and {max_new_tokens} new ones make "
+            f"{longest + max_new_tokens}, expected at most the model's {positions} positions; "
+            "see --max-new-tokens"
+        )
 
 
 def _short(value: object) -> str:

@@ -133,10 +133,18 @@ class Auroc:
         num = len(self.positives)
         if num < 2:
             return None, None
-        # 1 where positive i is above negative j, a half where they tie.
-        above = self.positives[:, None] > self.negatives
-        wins = above + 0.5 * (self.positives[:, None] == self.negatives)
-        parts = [((counts @ wins) * counts).sum(axis=1) for counts in draws(num, seed=seed)]
+        # By ranks: a table of all pairs would grow with the square of the problems.
+        order = np.argsort(self.negatives)
+        lower, upper = (
+            np.searchsorted(self.negatives[order], self.positives, side=side)
+            for side in ("left", "right")
+        )
+        parts = []
+        for counts in draws(num, seed=seed):
+            # below[:, n]: how many of the drawn negatives are among the n lowest.
+            below = np.pad(counts[:, order].cumsum(axis=1), ((0, 0), (1, 0)))
+            wins = (below[:, lower] + below[:, upper]) / 2  # ties count half
+            parts.append((wins * counts).sum(axis=1))
         return bounds(np.concatenate(parts) / num**2)
 
     def as_dict(self) -> dict[str, float | int | None]:

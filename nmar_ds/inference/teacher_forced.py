@@ -51,15 +51,7 @@ def measure_store(
     Raises:
         ConfigError: a trace that is longer than the model's positions.
     """
-    num = min(num_traces, store.num_traces)
-    chosen = (np.arange(num) * store.num_traces // num).tolist()
-    longest = max(chosen, key=lambda index: len(store.ids(index)))
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and len(store.ids(longest)) > positions:
-        raise ConfigError(
-            f"{store.folder}: trace {longest} has {len(store.ids(longest))} tokens, expected at "
-            f"most the model's {positions} positions"
-        )
+    chosen = choose_traces(model, store, num_traces)
     scores = score_targets(
         model, [store.ids(index).astype(np.int32) for index in chosen], undo_id=undo_id
     )
@@ -78,6 +70,24 @@ def measure_store(
             low, high = bounds(np.array([row.get(tag, np.nan) for row in drawn]))
         found[tag] = {"value": value, "of": num_units, "low": low, "high": high}
     return found
+
+
+def choose_traces(model: Any, store: Store, num_traces: int) -> list[int]:
+    """Indices of the traces to score, at most so many and spread over the store.
+
+    Raises:
+        ConfigError: one of them is longer than the model's positions.
+    """
+    num = min(num_traces, store.num_traces)
+    chosen: list[int] = (np.arange(num) * store.num_traces // num).tolist()
+    longest = max(chosen, key=lambda index: len(store.ids(index)))
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and len(store.ids(longest)) > positions:
+        raise ConfigError(
+            f"{store.folder}: trace {longest} has {len(store.ids(longest))} tokens, expected at "
+            f"most the model's {positions} positions"
+        )
+    return chosen
 
 
 def _sums(store: Store, trace: int, scores: TargetScores) -> Floats:

@@ -615,6 +615,7 @@ def test_launcher_reports_and_fails_on_a_missed_bar(
     assert out.count("MISSED") == 1
     written = json.loads((tmp_path / "report.json").read_text())
     assert written["families"]["words"]["measures"]["n"] == 10
+    assert written["max_new_tokens"] == 8
     assert len(written["missed"]) == 1
     traces = written["teacher_forced"]
     assert traces["store"] == str(tmp_path / "store")
@@ -635,6 +636,10 @@ def test_launcher_reports_and_fails_on_a_missed_bar(
         (["--num-problems", "41"], "40 held-out problems, expected at least 41"),
         (["--output", "/nowhere/r.json"], "--output: no folder /nowhere"),
         (["--png", "/nowhere/r.png"], "--png: no folder /nowhere"),
+        (["--output", "TMP"], " is a folder, expected a file"),
+        (["--png", "TMP/export"], "/export is a folder, expected a file"),
+        (["--tensorboard", "TMP/empty.jsonl"], "/empty.jsonl is no folder, expected one"),
+        (["--tensorboard", "TMP/empty.jsonl/tb"], "/empty.jsonl is no folder, expected one"),
         (["--baseline", "/nowhere"], "--baseline: /nowhere: no such folder"),
         (["--store", "/nowhere"], "/nowhere/manifest.json: missing, expected a trace store"),
         (["--heldout", "/nowhere/h.jsonl"], "/nowhere/h.jsonl: file: No such file"),

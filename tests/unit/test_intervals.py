@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -62,6 +63,18 @@ def test_auroc_over_four_problems_has_the_bounds_of_all_256_resamples() -> None:
     assert found.bounds() == pytest.approx(exact_bounds(everything))
     assert Auroc(np.empty(0), np.empty(0)).as_dict()["value"] is None
     assert Auroc(np.array([0.5]), np.array([0.2])).bounds() == (None, None)
+
+
+def test_auroc_needs_no_table_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intervals, "CHUNK", 2**16)
+    generator = np.random.default_rng(2)
+    scores = Auroc(generator.normal(1.0, 1.0, 2000), generator.normal(0.0, 1.0, 2000))
+    tracemalloc.start()
+    low, high = scores.bounds()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8e6  # 2,000 times 2,000 numbers are 32e6 bytes
+    assert low is not None and high is not None and low < (scores.value or 0) < high < low + 0.04
 
 
 def test_draws_are_seeded_and_do_not_depend_on_their_chunks(
