@@ -55,13 +55,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Check the folder and lm-eval, then evaluate and write."""
+    from nmar_ds.files import why_no_file
     from nmar_ds.inference.exported import read_settings
 
     read_settings(options.model)
-    if options.output is not None and options.output.is_dir():
-        raise ConfigError(f"--output: {options.output} is a folder, expected a file")
-    if options.output is not None and not options.output.absolute().parent.is_dir():
-        raise ConfigError(f"--output: no folder {options.output.parent}, expected an existing one")
+    problem = None if options.output is None else why_no_file(options.output)
+    if problem is not None:
+        raise ConfigError(f"--output: {problem}")
 
     from nmar_ds.inference.harness_run import HarnessRun, print_and_write, run_harness
 
