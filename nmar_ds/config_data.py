@@ -81,6 +81,8 @@ class GeneratorSection(Section):
     """`[least, most]` operations of a problem (`dependency_arithmetic`)."""
     distractors: tuple[int, int] = (0, 2)
     """`[least, most]` quantities that the answer does not need (`dependency_arithmetic`)."""
+    operators: Annotated[list[Literal["+", "-", "*"]], Field(min_length=1)] = ["+", "-", "*"]
+    """Which operators are drawn, equally likely (`dependency_arithmetic`)."""
     family: str | None = None
     """Such as `chain_sum` (`reasoning_gym`)."""
     settings: dict[str, Any] = {}

@@ -16,6 +16,7 @@ texts, names and the way graphs are drawn are our own.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ PLACES = ("Bern", "Bonn", "Brno", "Cork", "Gent", "Graz", "Kiel", "Lund", "Metz"
           "Rome", "Riga", "Sion", "Troy", "Turin")  # fmt: skip
 THINGS = ("bags", "beds", "cars", "cups", "dogs", "hats", "jars", "keys", "maps", "nets", "pans",
           "pens", "pots", "rugs", "saws", "toys")  # fmt: skip
+OPERATORS = ("+", "-", "*")
 MAX_OPERATIONS = 60  # with as many leaves, and distractors: names for all of them
 
 
@@ -56,7 +58,12 @@ class _Quantity:
 
 
 def problem(
-    seed: int, number: int, *, operations: tuple[int, int], distractors: tuple[int, int] = (0, 2)
+    seed: int,
+    number: int,
+    *,
+    operations: tuple[int, int],
+    distractors: tuple[int, int] = (0, 2),
+    operators: Sequence[str] = OPERATORS,
 ) -> dict[str, Any]:
     """Record `number` of a corpus: deterministic in all arguments.
 
@@ -65,6 +72,7 @@ def problem(
         number: 0-based; any record can be made without the others.
         operations: least and greatest number of operations, uniform; 1 to `MAX_OPERATIONS`.
         distractors: least and greatest number of quantities that the answer does not need.
+        operators: which are drawn, of `OPERATORS` and equally likely; one at least.
 
     Returns:
         A record with `prompt`, `steps`, `answer`, `id` and `group` (by number of operations).
@@ -72,8 +80,9 @@ def problem(
     key = hashlib.sha256(f"dependency arithmetic {VERSION} {seed} {number}".encode()).digest()
     rng = np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "little")))
     num = int(rng.integers(operations[0], operations[1] + 1))
-    needed = _needed(rng, num)
-    extra = _distractors(rng, needed, int(rng.integers(distractors[0], distractors[1] + 1)))
+    needed = _needed(rng, num, operators)
+    num_extra = int(rng.integers(distractors[0], distractors[1] + 1))
+    extra = _distractors(rng, needed, num_extra, operators)
     quantities = [*needed, *extra]
     names = _names(rng, len(quantities))
     values = _values(quantities)
@@ -98,7 +107,9 @@ def problem(
     }
 
 
-def _needed(rng: np.random.Generator, num_operations: int) -> list[_Quantity]:
+def _needed(
+    rng: np.random.Generator, num_operations: int, operators: Sequence[str]
+) -> list[_Quantity]:
     """A random graph with so many operations whose last quantity needs all the others."""
     found = [_number(rng)]
     unused = [0]  # nobody takes these yet; in the end only the last may be one
@@ -108,7 +119,7 @@ def _needed(rng: np.random.Generator, num_operations: int) -> list[_Quantity]:
         kinds += ["used"] * (len(found) > len(unused))
         # As many loose ends as operations left over, and one: each of these has to tie one up.
         kind = "pair" if len(unused) - 1 > left_over else str(rng.choice(kinds))
-        operator = str(rng.choice(["+", "-", "*"]))
+        operator = str(rng.choice(list(operators)))
         if kind == "fresh":
             found.append(_number(rng))
             left = len(found) - 1
@@ -139,7 +150,9 @@ def _number(rng: np.random.Generator) -> _Quantity:
     return _Quantity(left=int(rng.integers(MODULUS)))
 
 
-def _distractors(rng: np.random.Generator, needed: list[_Quantity], num: int) -> list[_Quantity]:
+def _distractors(
+    rng: np.random.Generator, needed: list[_Quantity], num: int, operators: Sequence[str]
+) -> list[_Quantity]:
     """Quantities that nothing needed takes; they may take what is needed."""
     found: list[_Quantity] = []
     for _ in range(num):
@@ -149,7 +162,7 @@ def _distractors(rng: np.random.Generator, needed: list[_Quantity], num: int) ->
         left, right = (int(n) for n in rng.integers(len(needed) + len(found), size=2))
         found.append(
             _Quantity(
-                operator=str(rng.choice(["+", "-", "*"])),
+                operator=str(rng.choice(list(operators))),
                 left=left,
                 right=right,
                 right_is_constant=False,

@@ -461,10 +461,12 @@ def _generated(settings: SourceSettings) -> Source:
                 f"{label}: operations {[low, high]} and distractors {[fewest, most]}, expected "
                 f"1 to {arithmetic.MAX_OPERATIONS} and 0 to 60"
             )
+        operators = tuple(asked["operators"])
         return Generated(
             settings, label, num, str(arithmetic.VERSION),
             lambda number: arithmetic.problem(
-                seed, number, operations=(low, high), distractors=(fewest, most)
+                seed, number, operations=(low, high), distractors=(fewest, most),
+                operators=operators,
             ),
         )  # fmt: skip
     from nmar_ds.traces import gym

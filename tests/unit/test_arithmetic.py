@@ -108,3 +108,12 @@ def test_difficulty_distractors_and_order_are_spread() -> None:
     assert waiting > 380
     answers = Counter(record["answer"] for record in records)
     assert len(answers) == 23 and max(answers.values()) < 60
+
+
+def test_only_the_operators_that_are_asked_for_are_drawn() -> None:
+    for asked in (["+"], ["-", "*"]):
+        records = [problem(6, n, operations=(2, 5), distractors=(1, 3), operators=asked)
+                   for n in range(80)]  # fmt: skip
+        for record in records:
+            require_solved(record, int(record["group"].removeprefix("operations-")))
+        assert set(re.findall(r"[-+*]", " ".join(r["prompt"] for r in records))) == set(asked)

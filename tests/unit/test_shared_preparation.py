@@ -205,7 +205,7 @@ def test_packed_and_columned_sources(sp_tokenizer: Tokenizer, tmp_path: Path) ->
     packed.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows[:60]).encode()))
     parquet.write_table(pyarrow.Table.from_pylist(rows[60:]), table, row_group_size=7)
     made = {"name": "dependency_arithmetic", "num": 9, "seed": 1, "operations": [1, 2],
-            "distractors": [0, 1]}  # fmt: skip
+            "distractors": [0, 1], "operators": ["+", "*"]}  # fmt: skip
     found = []
     for size in (1, 3):
         asked = preparation(

@@ -265,6 +265,17 @@ def test_generated_and_packed_sources_end_to_end(tmp_path: Path) -> None:
     assert "stored 60" in line
 
 
+def test_operators_reach_the_generator(tmp_path: Path) -> None:
+    made = load_config(config_of(tmp_path, [MADE], [MADE | {"generator": {
+        **MADE["generator"], "operators": ["-"], "seed": 1}}]))  # fmt: skip
+    for section, expected in ((made.data.train[0], set("+-*")), (made.data.heldout[0], {"-"})):
+        assert section.generator is not None
+        settings = SourceSettings(generator=section.generator.model_dump())
+        with opened([settings], tmp_path) as (source,):
+            prompts = " ".join(record.turns[0].prompt for record in source.all_records())
+        assert set(prompts) & set("+-*") == expected
+
+
 def test_refused_records_are_listed_with_file_line_and_reason(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     rows = [json.dumps(row) for row in sums(20)]
@@ -309,6 +320,14 @@ def test_refused_records_are_listed_with_file_line_and_reason(tmp_path: Path) ->
         (
             [{"generator": {"nme": "reasoning_gym", "num": 1}}],
             r"nme: unknown key; did you mean 'name'",
+        ),
+        (
+            [{"generator": {**MADE["generator"], "operators": []}}],
+            "operators: List should have at least 1 item",
+        ),
+        (
+            [{"generator": {**MADE["generator"], "operators": ["+", "/"]}}],
+            r"operators.1: Input should be '\+', '-' or '\*'",
         ),
         ([], "is empty, expected at least one source"),
         ([MADE], "both generate dependency_arithmetic with seed 0"),
