@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from nmar_ds.errors import ConfigError, NmarError
-from nmar_ds.traces.arithmetic import problem
+from nmar_ds.traces.arithmetic import OPERATORS, problem
 
 RESULT = re.compile(r"(?<==)-?\d+")
 MAX_CHOICES = 32
@@ -104,6 +104,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         if kind == "steps":
             one.add_argument("--operations", type=int, nargs=2, required=True)
             one.add_argument("--distractors", type=int, nargs=2, default=[0, 1])
+            one.add_argument("--operators", nargs="+", choices=OPERATORS, default=[*OPERATORS])
     options = parser.parse_args(argv)
     if options.num < 1:
         parser.error("--num must be at least 1")
@@ -120,7 +121,7 @@ def records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for number in range(options.num):
             yield problem(
                 options.seed, number, operations=tuple(options.operations),
-                distractors=tuple(options.distractors),
+                distractors=tuple(options.distractors), operators=options.operators,
             )  # fmt: skip
         return
     for record in read(options.records, options.num):

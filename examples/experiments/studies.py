@@ -1,20 +1,29 @@
 """The experiments: which runs, and which of them are compared.
 
 Starts, steps and sizes are chosen so that the base model lands between 0.2 and 0.9 on its task and
-a run fits in a minute on one core. What was tried is said in docs/results/README.md.
+a run takes a minute or two on one core. What was tried is said in docs/results/README.md.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from cells import Cell, Command
 
+from nmar_ds.traces import arithmetic
+from nmar_ds.traces.arithmetic import MODULUS
+
 SEEDS = (0, 1, 2)
 SUMS, STEPS = "examples/experiments/sums.yaml", "examples/experiments/steps.yaml"
 TRAIN, HELDOUT = (f"examples/quickstart/chain_sum.{part}.jsonl" for part in ("train", "heldout"))
 STEPS_HELDOUT = "{cell}/heldout.jsonl"
+# A piece each: names, two-digit numbers, what stands between them.
+STEPS_PHRASES = [
+    "\n", ": ", ". ", " = ", " + ", *(str(number) for number in range(10, MODULUS)),
+    *(f"{place} {thing}" for place in arithmetic.PLACES for thing in arithmetic.THINGS),
+]  # fmt: skip
 NUM_HELDOUT = 400
 NUM_SOURCES = 5000  # records that traces are made of
 # On top of the base: the same number of steps and the same schedule for every objective.
@@ -214,6 +223,7 @@ def retry_cell(builder: str, rate: float, objective: str, seed: int) -> Cell:
         objective=objective, seed=seed, config=STEPS,
         overrides=(
             *PLACES, f"seed={seed}", 'tokenizer.path="{cell}/tokenizer.model"',
+            f"tokenizer.train.phrases={json.dumps(STEPS_PHRASES)}",
             f"data.traces.builder={builder}",
             *((f"data.traces.retry_rate={rate}", "data.traces.clean_share=0.0") if rate else ()),
             f"objective.preset={objective if rate else 'sft'}",
@@ -221,7 +231,8 @@ def retry_cell(builder: str, rate: float, objective: str, seed: int) -> Cell:
         ),
         commands=(
             ("heldout", ("examples/experiments/records.py", "steps", "--num", str(NUM_HELDOUT),
-                         "--seed", "2", "--operations", "1", "2", "--output", STEPS_HELDOUT)),
+                         "--seed", "2", "--operations", "1", "2", "--operators", "+",
+                         "--output", STEPS_HELDOUT)),
             *_to_export(), *_examined(STEPS_HELDOUT, NUM_HELDOUT),
         ),
         reads=("examples/experiments/records.py",),
@@ -236,9 +247,15 @@ def retry() -> Study:
         name="retry",
         question="What do retries do to a model from scratch, by rate, masked and unmasked?",
         design=(
-            "Dependency arithmetic (mod 23), from scratch. Before each step another is begun and "
-            "undone with probability r: one that depends on a step not taken yet (retry), or any "
-            "later one (weak_retry). The base is r = 0."
+            "Dependency arithmetic from scratch: one or two additions mod 23, every name a token. "
+            "Before each step another is begun and undone, written out whole, with probability r "
+            "and again after each: one that depends on a step not taken yet (retry), or any later "
+            "one (weak_retry). The base is r = 0. All have the same number of steps of about 1,024 "
+            "tokens; errors and undos take their part of these, so that arms with more retries see "
+            "fewer problems. SFT and mSFT of a seed, rate and kind see the same batches. Undone, "
+            "exact-k and corrected are about hard errors for every model; log p(e|p), P(undo) "
+            "first and count right are about held-out errors of the arm's own kind, so between "
+            "retry and weak_retry they compare errors as well as models."
         ),
         cells=(
             *(retry_cell("retry", 0.0, "base", seed) for seed in SEEDS),

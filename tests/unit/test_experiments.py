@@ -213,6 +213,20 @@ def test_every_experiment_is_what_it_says(name: str, tmp_path: Path) -> None:
     assert all((gap, objective) in arms for gap in one.gaps for objective in ("sft", "msft"))
 
 
+def test_steps_are_examined_as_they_are_trained() -> None:
+    """Problems of the same kind, of another seed; every name a piece of its own."""
+    for each in studies.STUDIES["retry"]().cells:
+        config = cells.settings_of(each)["config"]
+        trained = config["data"]["train"][0]["generator"]
+        examined = records.parse(list(dict(each.commands)["heldout"][1:]))
+        for key in ("operations", "distractors", "operators"):
+            assert trained[key] == getattr(examined, key)
+        assert trained["seed"] != examined.seed
+        phrases = config["tokenizer"]["train"]["phrases"]
+        assert {"Bern bags", "Turin toys", "22", " + "} <= set(phrases)
+        assert len(phrases) == len(set(phrases)) == 5 + 13 + 256
+
+
 @pytest.mark.parametrize("name", ["masking", "entropy", "retry"])
 def test_sft_and_msft_differ_in_the_objective_alone(name: str) -> None:
     by_name = {each.name: each for each in studies.STUDIES[name]().cells}
@@ -441,6 +455,8 @@ def test_records_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert output.read_text().splitlines() == Path(source).read_text().splitlines()[:7]
     words = ["steps", "--num", "5", "--seed", "2", "--operations", "1", "2"]
     assert records.main([*words, "--output", str(output)]) == 0
-    assert len(list(read_records(output))) == 5
+    assert len(list(read_records(output))) == 5 and " - " in output.read_text()
+    assert records.main([*words, "--operators", "+", "--output", str(output)]) == 0
+    assert " + " in output.read_text() and " - " not in output.read_text()
     words = ["first", "--records", source, "--num", "1000000", "--output", str(output)]
     assert records.main(words) == 2 and "expected at least 1000000" in capsys.readouterr().err
