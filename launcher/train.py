@@ -38,6 +38,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "training.world_size ranks, where that is set",
     )
     parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda",
+        help="for --dry-run: whose memory is reckoned",
+    )  # fmt: skip
+    parser.add_argument(
         "--mfu", type=_share, default=0.4, help="for --dry-run: share of the peak that is reached"
     )
     parser.add_argument(
@@ -85,6 +89,7 @@ def dry_run(config: RunConfig, arguments: argparse.Namespace, ranks: Ranks) -> N
                 config,
                 plan,
                 world_size=world_size,
+                device=arguments.device,
                 mfu=arguments.mfu,
                 peak_tflops=arguments.peak_tflops,
             )

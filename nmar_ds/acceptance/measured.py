@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from typing import Any
 
@@ -140,3 +141,35 @@ def state_bytes(engine: Engine) -> dict[str, int]:
     moments = [value for state in zero.optimizer.state.values() for value in state.values()]
     optimizer = size([*zero.fp32_partitioned_groups_flat, *moments])
     return {"weights": weights, "gradients": gradients, "optimizer": optimizer}
+
+
+def step_bytes(engine: Engine, config: RunConfig, *, vocab: int) -> int:
+    """Bytes an optimizer step takes at its peak beside what is there before it. Collective; CPU.
+
+    One step is trained first, so that the moments are there. The second is counted by torch's
+    profiler, allocation by allocation.
+    """
+    accumulated = config.accumulation_steps(engine.world_size)
+    train_full_rows(engine, config, vocab=vocab, micro_batches=accumulated)
+    apply = engine.step
+    profiler = torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    )
+    calls = 0
+
+    def watched() -> None:
+        nonlocal calls
+        calls += 1
+        with profiler if calls == accumulated else contextlib.nullcontext():
+            apply()
+
+    engine.step = watched  # type: ignore[method-assign]
+    try:
+        train_full_rows(engine, config, vocab=vocab, micro_batches=accumulated)
+    finally:
+        del engine.step
+    assert profiler.profiler is not None
+    seen: Any = profiler.profiler.kineto_results
+    events = [event for event in seen.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes), default=0)

@@ -8,7 +8,7 @@ take for themselves, is not in it: leave a tenth of the device free.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from nmar_ds.model.weighting import CHUNK_BYTES
 from nmar_ds.training.planning import RunPlan
 from nmar_ds.training.run_folder import checkpoint_bytes
 
-FP32 = 4
+FP32, FP64 = 4, 8
 PEAK_TFLOPS = 989.0  # dense bfloat16 of an H100 or H200 SXM, by its data sheet
 MFU = 0.4
 
@@ -45,7 +45,8 @@ class Memory:
         recomputed: one layer's activations, formed again in the backward; 0 without checkpointing.
         loss: gradients that the loss forms in the forward, and logits of a chunk.
         buffers: gathered weights, and gradients on their way to their partitions.
-        step: what the optimizer needs beside its state, while none of the last four are there.
+        step: what is there in an optimizer step beside the state: the bucket of gradients and what
+            the optimizer forms for itself, while nothing else of the last four is there.
         host: what lies in host memory instead, per rank.
     """
 
@@ -79,10 +80,11 @@ class Memory:
 def memory_of(
     config: RunConfig, shape: Architecture, *, world_size: int, device: str = "cuda"
 ) -> Memory:
-    """Bytes of one rank, for full rows of which every token is trained."""
+    """Bytes of one rank on `cuda` or `cpu`, for full rows of which every token is trained."""
     zero, item = config.zero, _item(config)
+    pieces = [(-(-numel // world_size), count) for numel, count in shape.parameters()]
     tokens = config.training.micro_batch_rows * config.data.sequence_length
-    part = sum(-(-numel // world_size) * count for numel, count in shape.parameters())
+    part = sum(piece * count for piece, count in pieces)
     limit = zero.param_persistence_threshold
     whole = sum(  # gathered from padded partitions
         -(-numel // world_size) * world_size * count
@@ -98,7 +100,6 @@ def memory_of(
     moments = {"adamw": 2, "sgd": 0}[config.optimizer.name]
     offloaded = zero.offload_optimizer is not None
     optimizer = FP32 * part * (1 + moments)  # master weights are a copy even of fp32 weights
-    group = min(zero.sub_group_size, part)
     return Memory(
         weights=item * (part + whole),
         second_copy=item * second,
@@ -108,11 +109,36 @@ def memory_of(
         recomputed=layer_bytes(shape, tokens, item) if config.model.activation_checkpointing else 0,
         loss=loss_bytes(shape, tokens, item, device),
         buffers=_buffer_bytes(config, shape, device),
-        # A flat copy of the sub-group's gradients, and two of AdamW's intermediate results.
-        step=0 if offloaded else FP32 * group * (3 if moments else 1),
+        step=FP32 * zero.reduced_at_once(device)
+        + (0 if offloaded else step_bytes(config, pieces, device)),
         # DeepSpeed copies the gradients once more for the optimizer.
         host=optimizer + 2 * FP32 * part if offloaded else 0,
     )
+
+
+def step_bytes(config: RunConfig, pieces: Sequence[tuple[int, int]], device: str) -> int:
+    """What DeepSpeed and torch form in an optimizer step on this device, at its peak.
+
+    DeepSpeed copies a sub-group's gradients into one tensor on CUDA; a CPU reads them where they
+    lie. AdamW's denominator is one more on CUDA, where torch works on lists of tensors and in
+    place, and two on a CPU. Weight decay costs SGD the decayed gradients. The norm comes before
+    all this, in float64: a piece at a time on CUDA, on a CPU 2 MB at a time, which do not count.
+
+    Args:
+        config: of the run; its optimizer does not live in host memory.
+        pieces: this rank's elements of a parameter, and of how many parameters.
+        device: `cuda` or `cpu`.
+    """
+    part, largest = sum(piece * count for piece, count in pieces), max(pieces)[0]
+    # A sub-group is closed by the parameter that fills it.
+    group = min(config.zero.sub_group_size - 1 + largest, part)
+    if config.optimizer.name == "adamw":
+        formed = 2 if device == "cpu" else 1
+    else:
+        formed = 1 if config.optimizer.weight_decay else 0
+    copied = 0 if device == "cpu" else 1
+    norm = 0 if device == "cpu" else FP64 * largest
+    return max(FP32 * group * (copied + formed), norm)
 
 
 def layer_bytes(shape: Architecture, tokens: int, item: int) -> int:
@@ -236,6 +262,7 @@ def estimate_lines(
     plan: RunPlan | None,
     *,
     world_size: int,
+    device: str = "cuda",
     mfu: float = MFU,
     peak_tflops: float = PEAK_TFLOPS,
 ) -> list[str]:
@@ -245,6 +272,7 @@ def estimate_lines(
         config: of the run.
         plan: None where there are no data (or weights) yet: then full rows are reckoned with.
         world_size: ranks.
+        device: `cuda` or `cpu`, whose memory is reckoned.
         mfu: share of the peak that the model's own work reaches.
         peak_tflops: of one device, in 10^12 operations a second.
     """
@@ -252,30 +280,36 @@ def estimate_lines(
         shape = shape_of(config, _tokenizer_size(config))
     except NmarError as error:
         return [f"estimate  none: {error}"]
-    memory = memory_of(config, shape, world_size=world_size)
+    memory = memory_of(config, shape, world_size=world_size, device=device)
     size = checkpoint_bytes(shape.num_weights, config.optimizer.name)
     return [
         f"model     {shape.num_weights:,} weights: {shape.model_type}, {shape.layers} layers of "
         f"{shape.hidden}, {shape.rows:,} rows{' (tied)' if shape.tied else ''}",
-        *_memory_lines(memory, world_size),
+        *_memory_lines(memory, world_size, device),
         *_work_lines(config, plan, shape, world_size=world_size, mfu=mfu, peak_tflops=peak_tflops),
         f"saving    a checkpoint takes {_shown(size)}, {config.checkpoint.keep} are kept and one "
         f"more lies beside them while it is written",
     ]
 
 
-def _memory_lines(memory: Memory, world_size: int) -> list[str]:
+def _memory_lines(memory: Memory, world_size: int, device: str) -> list[str]:
     parts = {
         "weights": memory.weights,
         "their second copy (hpZ)": memory.second_copy,
         "gradients": memory.gradients,
         "optimizer": memory.optimizer,
-        "activations": memory.activations,
-        "loss": memory.loss,
-        "buffers": memory.buffers,
     }
+    if memory.step < memory.peak - memory.state:
+        parts |= {
+            "activations": memory.activations,
+            "loss": memory.loss,
+            "buffers": memory.buffers,
+        }
+    else:
+        parts["the optimizer's step"] = memory.step
     listed = ", ".join(f"{name} {_shown(size)}" for name, size in parts.items() if size)
-    lines = [f"memory    {_shown(memory.peak)} on each of {world_size} GPUs at most: {listed}"]
+    ranks = f"{world_size} {'GPUs' if device == 'cuda' else 'ranks'}"
+    lines = [f"memory    {_shown(memory.peak)} on each of {ranks} at most: {listed}"]
     if memory.host:
         lines.append(f"host      {_shown(memory.host)} for each rank: gradients and optimizer")
     return lines

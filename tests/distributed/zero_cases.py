@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
 from nmar_ds.acceptance.measured import (
     small_engine,
     state_bytes,
+    step_bytes,
     train_full_rows,
 )
 from nmar_ds.acceptance.tiny import model_keys
@@ -66,3 +68,23 @@ def knob_run(
         "devices": devices,
         "finite": bool(np.isfinite(losses).all()),
     }
+
+
+def step_run(
+    *, keys: dict[str, Any], vocab: int, dtype: str, as_on_cuda: bool, zero: dict[str, Any],
+    **sections: Any,
+) -> int:  # fmt: skip
+    """Bytes of an optimizer step beside the state.
+
+    As on CUDA: with DeepSpeed's own copy and norm, and AdamW on lists of tensors, as torch takes
+    it there.
+    """
+    config = run_config({"config": keys, "dtype": dtype}, zero=zero, **sections)
+    engine = small_engine(config, vocab=vocab)
+    if as_on_cuda:
+        optimizer = engine._engine.optimizer
+        optimizer.flatten = torch._utils._flatten_dense_tensors
+        del optimizer.get_grad_norm_direct
+        for group in optimizer.param_groups:
+            group["foreach"] = True
+    return step_bytes(engine, config, vocab=vocab)

@@ -104,7 +104,8 @@ def test_seventy_billion_on_four_nodes_fit_with_the_optimizer_in_host_memory() -
     assert plain.peak > 0.95 * 85e9 and plain.host == 0
     config, _ = preset("llama3_70b", "training.world_size=32", "zero.offload_optimizer={}")
     host = memory_of(config, shape, world_size=32)
-    assert host.peak < 0.9 * 85e9 and host.gradients == host.optimizer == host.step == 0
+    assert host.peak < 0.9 * 85e9 and host.gradients == host.optimizer == 0
+    assert host.step == 4 * config.zero.reduced_at_once("cuda")  # the bucket of gradients alone
     assert 8 * host.host == pytest.approx(353e9, rel=0.01)  # as the preset says
 
 
@@ -155,6 +156,24 @@ def test_a_dry_run_tells_what_it_can_before_the_data_are_there(name: str) -> Non
     assert f"{shape.num_weights:,} weights" in out
     assert f"on each of {config.training.world_size} GPUs" in out
     assert "PFLOP (full rows, each one trace)" in out and "hours" in out and "checkpoint" in out
+
+
+def test_a_dry_run_reckons_the_device_that_is_named() -> None:
+    """Where the step is the most, it is listed in place of what is not there then."""
+    arguments = ("--config", "configs/llama3_8b.yaml", "data.store=nowhere",
+                 "model.path=configs/architectures/llama3_8b")  # fmt: skip
+    config, shape = preset("llama3_8b")
+    for device, many in (("cuda", "16 GPUs"), ("cpu", "16 ranks")):
+        out, _ = dry_run(*arguments, "--device", device, code=2)
+        line = next(line for line in out.splitlines() if line.startswith("memory"))
+        memory = memory_of(config, shape, world_size=16, device=device)
+        assert f"{memory.peak / 1e9:,.1f} GB on each of {many} at most" in line
+        assert "activations" in line and "step" not in line
+    late = ("training.world_size=1", "zero.hpz_partition_size=1", "data.sequence_length=16")
+    out, _ = dry_run(*arguments, *late, code=2)
+    config, shape = preset("llama3_8b", *late)
+    step = memory_of(config, shape, world_size=1).step
+    assert f"the optimizer's step {step / 1e9:,.1f} GB" in out and "activations" not in out
 
 
 def test_hours_follow_the_stated_share_and_peak() -> None:
