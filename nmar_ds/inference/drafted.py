@@ -49,12 +49,18 @@ class _Open:
 
     context: IdArray
     guess: IdArray
+    max_new_tokens: int
     emitted: list[int] = field(default_factory=list)
 
-    def asked(self, max_new_tokens: int) -> Asked:
+    def is_done(self, eos_id: int) -> bool:
+        """Stopped, or without room."""
+        stopped = bool(self.emitted) and self.emitted[-1] == eos_id
+        return stopped or len(self.emitted) >= self.max_new_tokens
+
+    def asked(self) -> Asked:
         """The context, what is certain, and the guess, as far as tokens may still be written."""
         certain = np.concatenate([self.context, np.array(self.emitted, np.int32)])
-        room = max_new_tokens - len(self.emitted) - 1
+        room = self.max_new_tokens - len(self.emitted) - 1
         return Asked(np.concatenate([certain, self.guess[:room]]), len(certain) - 1)
 
     def take(self, asked: Asked, next_ids: IdArray, eos_id: int) -> None:
@@ -76,7 +82,7 @@ def decode_drafted(
     *,
     machine: Machine,
     eos_id: int,
-    max_new_tokens: int,
+    max_new_tokens: Sequence[int],
     max_forwards: int,
     forced: Sequence[IdArray],
 ) -> list[Decoded]:
@@ -88,7 +94,8 @@ def decode_drafted(
         drafts: int32 arrays, the first guess of what follows; may be empty.
         machine: the id of `<UNDO>`, and what one of them undoes.
         eos_id: the stop token.
-        max_new_tokens: tokens emitted at most, of each response; 1 at least.
+        max_new_tokens: tokens emitted at most, of each response by itself; one that has no room
+            (0 or less) stays as it is.
         max_forwards: calls of `next_ids` at most. A response that is not done by then ends there,
             as by `max_new_tokens`; what it holds is certain.
         forced: int32 arrays, response already written, which may be undone.
@@ -97,18 +104,14 @@ def decode_drafted(
         One `Decoded` per prompt, in order; no limit of undos is in force.
     """
     rows = [
-        _Open(np.concatenate([prompt, start]).astype(np.int32), np.asarray(draft, np.int32))
-        for prompt, start, draft in zip(prompts, forced, drafts, strict=True)
+        _Open(np.concatenate([prompt, start]).astype(np.int32), np.asarray(draft, np.int32), room)
+        for prompt, start, draft, room in zip(prompts, forced, drafts, max_new_tokens, strict=True)
     ]
     for _ in range(max_forwards):
-        waiting = [
-            row
-            for row in rows
-            if len(row.emitted) < max_new_tokens and (not row.emitted or row.emitted[-1] != eos_id)
-        ]
+        waiting = [row for row in rows if not row.is_done(eos_id)]
         if not waiting:
             break
-        asked = [row.asked(max_new_tokens) for row in waiting]
+        asked = [row.asked() for row in waiting]
         for row, question, answer in zip(waiting, asked, next_ids(asked), strict=True):
             row.take(question, answer, eos_id)
     return [

@@ -136,7 +136,7 @@ def decode_exercises(
         machine: of the model.
         eos_id: its stop token.
         num_known: ids below it may be written; a model's spare rows may not.
-        max_length: of prompt and response.
+        max_length: of prompt and response; each response has the room that its own context leaves.
         max_forwards: of each rank.
         rank: of this process.
         world_size: how many share the sequences.
@@ -158,7 +158,7 @@ def decode_exercises(
             [each.draft_ids for each in exercises],
             machine=machine,
             eos_id=eos_id,
-            max_new_tokens=min(MAX_NEW_TOKENS, max_length - max(contexts)),
+            max_new_tokens=[min(MAX_NEW_TOKENS, max_length - length) for length in contexts],
             max_forwards=max_forwards,
             forced=[each.forced_ids for each in exercises],
         )
@@ -222,7 +222,7 @@ def table(
 
     A response is right when it is the trace's own, to the character; a record may allow others,
     which `launcher/evaluate_undo.py` knows. "Cut off" is what was not done after MAX_NEW_TOKENS
-    tokens or in all forwards that there might be.
+    tokens, at the end of a row's length or in all forwards that there might be.
     """
     lines = [
         "| prompt | error forced on it | raw | reduced | |",

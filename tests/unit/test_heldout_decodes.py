@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,10 @@ def test_what_the_ranks_find_is_put_together(world_size: int) -> None:
     """All ranks' forwards for every question; each but the last stops where it would wait."""
     engine = Engine()
     given = exercises(1)
-    wanted = answer(engine, given)
+    longest = max(len(each.prompt_ids) + len(each.forced_ids) for each in given)
+    wanted = answer(engine, given, max_length=longest + 6)
+    rooms = [longest + 6 - len(each.prompt_ids) - len(each.forced_ids) for each in given]
+    assert len(set(rooms)) > 2, "the test needs responses with and without room"
     parts: list[torch.Tensor] = []
     asked_of: list[int] = []
 
@@ -153,7 +157,7 @@ def test_what_the_ranks_find_is_put_together(world_size: int) -> None:
     with torch.no_grad():
         found = decode_drafted(
             next_ids, [each.prompt_ids for each in given], [each.draft_ids for each in given],
-            machine=MACHINE, eos_id=EOS, max_new_tokens=64, max_forwards=64,
+            machine=MACHINE, eos_id=EOS, max_new_tokens=rooms, max_forwards=64,
             forced=[each.forced_ids for each in given],
         )  # fmt: skip
     assert facts(found) == facts(wanted)
@@ -174,9 +178,33 @@ def test_limits_cut_a_response_and_change_none_of_it() -> None:
         assert 5 <= len(some.emitted_ids) or some.stop_reason == "eos"
         assert some.raw_ids.tolist() == all_.raw_ids[: len(some.raw_ids)].tolist()
         assert some.reduced_ids.tolist() == reduce(some.raw_ids, MACHINE).tolist()
-    longest = max(len(each.prompt_ids) + len(each.forced_ids) for each in given)
-    short = answer(engine, exercises(1), max_length=longest + 6)
-    assert facts(short) == facts(by_stack_decoder(engine, given, max_new_tokens=6))
+
+
+def test_each_response_has_the_room_of_its_own_context() -> None:
+    """A long context shortens its own response alone, down to none."""
+    engine = Engine()
+    given = exercises(1)
+    contexts = [len(each.prompt_ids) + len(each.forced_ids) for each in given]
+    for max_length in (max(contexts) + 6, max(contexts), max(contexts) - 1):
+        wanted = []
+        for each, length in zip(given, contexts, strict=True):
+            room = max_length - length
+            alone = by_stack_decoder(engine, [each], max_new_tokens=max(room, 1))[0]
+            if room <= 0:
+                nothing = reduce(each.forced_ids, MACHINE)
+                alone = dataclasses.replace(
+                    alone, raw_ids=each.forced_ids, reduced_ids=nothing, stop_reason="length",
+                    num_undos=0,
+                )  # fmt: skip
+            wanted.append(alone)
+        found = answer(engine, given, max_length=max_length)
+        assert facts(found) == facts(wanted)
+        written = [len(each.emitted_ids) for each in found]
+        assert max(written) > 6 >= written[contexts.index(max(contexts))]
+        for forwards in (1, 3):
+            cut = answer(engine, given, max_length=max_length, max_forwards=forwards)
+            for some, all_ in zip(cut, wanted, strict=True):
+                assert some.raw_ids.tolist() == all_.raw_ids[: len(some.raw_ids)].tolist()
 
 
 def test_spare_rows_are_never_written() -> None:
