@@ -34,7 +34,7 @@ TUNING = (
 )  # fmt: skip
 PLACES = ('output="{cell}/run"', 'data.store="{cell}/store"')
 SOURCES = ("random", "hard", "on_policy")
-CHOICES = (1, 3, 9)  # equally likely wrong values at a place: 0, 1.58 and 3.17 bits
+CHOICES = (1, 3, 9)  # equally likely wrong values of a result: 0, 1.58 and 3.17 bits
 WRONG_SHARE = 0.5
 Arm = tuple[str, str]  # condition, objective
 
@@ -201,8 +201,10 @@ def entropy() -> Study:
         design=(
             f"From the base of a seed, traces in which each result of a sum is, with probability "
             f"{WRONG_SHARE}, first written wrong: as one of 1, 3 or 9 values near the right one, "
-            f"equally likely. Given its place the error has an entropy of exactly 0, 1.58 or 3.17 "
-            f"bits; places and their number are the same draw in all three."
+            f"equally likely. Given which result is wrong, its value has an entropy of exactly 0, "
+            f"1.58 or 3.17 bits. The error of a trace begins at the first character that differs; "
+            f"given that place, which tells something of the value, its entropy is 0, 1.44 or "
+            f"2.81 bits in the mean. Which results are wrong is the same draw in all three."
         ),
         cells=(
             *(base_cell(seed) for seed in SEEDS),

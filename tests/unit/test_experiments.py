@@ -448,6 +448,29 @@ def test_wrong_results_are_drawn_evenly_at_places_of_their_own(tmp_path: Path) -
     assert len(read.turns[0].deviations) == 2
 
 
+def test_the_entropy_of_errors_is_what_the_page_says() -> None:
+    """A value's, given which result is wrong; less, given the letter at which it departs."""
+    rights = Counter(
+        match[0]
+        for record in records.read(ROOT / studies.TRAIN, studies.NUM_SOURCES)
+        for match in records.RESULT.finditer(record["reference"])
+    )
+    design = studies.entropy().design
+    for choices in studies.CHOICES:
+        left = 0.0
+        for right, num in rights.items():
+            record = {"id": "r", "reference": f"={right}"}
+            errors = set()
+            for seed in range(24 * choices):
+                wrong = records.marked(record, choices=choices, share=1.0, seed=seed)
+                errors |= {(one["at"], one["text"]) for one in wrong["deviations"]}
+            assert len(errors) == choices
+            places = Counter(at for at, _ in errors)
+            left += num * sum(n / choices * math.log2(n) for n in places.values())
+        assert f"{math.log2(choices):.3g}" in design.split("The error of a trace")[0]
+        assert f"{left / rights.total():.3g}" in design.split("The error of a trace")[1]
+
+
 def test_records_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "o.jsonl"
     source = str(ROOT / studies.HELDOUT)
