@@ -29,6 +29,7 @@ from transformers import DynamicCache
 from nmar_ds.errors import ConfigError, VocabularyError
 from nmar_ds.inference.sampling import sample, uniform_draws
 from nmar_ds.inference.stack import Event, Stack
+from nmar_ds.traces.encoding import Tokenizer
 from nmar_ds.traces.reduction import Machine, walk
 from nmar_ds.traces.schema import IdArray
 
@@ -148,7 +149,7 @@ def decode(
         forced: int arrays, appended to the prompts as response already written (a prefix, a
             deviation). The base stays at the end of the prompt, so these can be undone.
         batch_size: sequences decoded side by side.
-        banned_ids: never emitted.
+        banned_ids: never emitted; `rows_of_no_token` belong here.
         numbers: with the seed they fix the draws of each sequence; by default its index.
         tabu: a token that was taken back is not written at the same place again, after just the
             same content; otherwise a model may repeat the error it has undone.
@@ -220,6 +221,14 @@ def decode(
                 stop_reason="eos" if stopped else "stop" if ended else "length",
             )
     return [result for result in results if result is not None]
+
+
+def rows_of_no_token(model: Any, tokenizer: Tokenizer) -> list[int]:
+    """Rows of a model beyond its tokenizer, where a vocabulary was padded; for `banned_ids`.
+
+    Such a row means nothing and cannot be spelled, yet a model may like it as any other.
+    """
+    return [*range(tokenizer.size, model.get_input_embeddings().weight.shape[0])]
 
 
 class _Watch:

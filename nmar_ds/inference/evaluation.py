@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nmar_ds.inference.decoding import Decoded, decode
+from nmar_ds.inference.decoding import Decoded, decode, rows_of_no_token
 from nmar_ds.inference.exported import ExportSettings
 from nmar_ds.inference.fitting import check_positions
 from nmar_ds.inference.intervals import Auroc
@@ -158,6 +158,7 @@ class _Family:
             batch_size=examination.batch_size,
             temperature=examination.temperature,
             seed=examination.seed,
+            banned_ids=rows_of_no_token(model, tokenizer),
         )
 
     def run(self) -> FamilyResult:

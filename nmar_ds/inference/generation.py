@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from nmar_ds.errors import ConfigError, VocabularyError
-from nmar_ds.inference.decoding import Decoded, OnEvent, decode
+from nmar_ds.inference.decoding import Decoded, OnEvent, decode, rows_of_no_token
 from nmar_ds.inference.exported import ExportSettings
 from nmar_ds.inference.rendering import Run, as_plain, as_rich, response_text, runs
 from nmar_ds.inference.streaming import TextStream
@@ -79,6 +79,7 @@ def generate(
     begun: str = "",
     stop_texts: Sequence[str] = (),
     stream: Callable[[TextStream], AbstractContextManager[OnEvent]] | None = None,
+    banned_ids: Sequence[int] = (),
     **rules: Any,
 ) -> Generated:
     """Answer one prompt.
@@ -94,6 +95,7 @@ def generate(
         begun: the beginning of the response; the model goes on from there, and may undo it.
         stop_texts: texts that end the response where they come up in it; they stay.
         stream: gives whoever shows the response as it comes, such as `streaming.shown`.
+        banned_ids: never emitted; neither are the model's rows beyond the tokenizer.
         **rules: as `decoding.decode` takes them, `max_new_tokens` among them.
     """
     prompt_ids = encode_prompt(prompt, tokenizer, chat)
@@ -107,6 +109,7 @@ def generate(
             eos_id=settings.eos_id,
             pad_id=settings.pad_id,
             forced=[begun_ids],
+            banned_ids=[*banned_ids, *rows_of_no_token(model, tokenizer)],
             on_event=on_event,
             should_stop=stops_at(tokenizer, stop_texts) if stop_texts else None,
             **rules,

@@ -25,7 +25,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from nmar_ds.errors import ConfigError, NmarError, VocabularyError
-from nmar_ds.inference.decoding import Decoded, UndoMode, decode
+from nmar_ds.inference.decoding import Decoded, UndoMode, decode, rows_of_no_token
 from nmar_ds.inference.exported import chat_of, load_exported_tokenizer, load_model, read_settings
 from nmar_ds.inference.generation import encode_prompt, stops_at
 from nmar_ds.inference.harness_requests import Generation, draw_numbers, understand
@@ -219,6 +219,7 @@ class NmarLM(LM):  # type: ignore[misc]
             top_p=rules.top_p,
             numbers=numbers,
             batch_size=self.batch_size,
+            banned_ids=rows_of_no_token(self.model, self.tokenizer),
             should_stop=stops_at(self.tokenizer, rules.until) if rules.until else None,
             **cast(Any, self._guards),
         )

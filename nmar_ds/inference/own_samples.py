@@ -14,7 +14,7 @@ from typing import Any
 
 from nmar_ds.errors import ConfigError, TraceError
 from nmar_ds.files import sha256_file
-from nmar_ds.inference.decoding import Decoded, decode
+from nmar_ds.inference.decoding import Decoded, decode, rows_of_no_token
 from nmar_ds.model.folder import check_model_folder
 from nmar_ds.model.own_tokenizer import check_own_tokenizer
 from nmar_ds.traces.chat import ChatTemplate
@@ -208,9 +208,9 @@ def ids_of_no_text(model: Any, tokenizer: Tokenizer) -> list[int]:
     Padded rows beyond the tokenizer are no tokens; special ones but the stop token are no text. The
     undo is banned by itself, since a model may have no row for it.
     """
-    num_rows = int(model.get_output_embeddings().weight.shape[0])
+    num_rows = int(model.get_input_embeddings().weight.shape[0])
     special = [i for i in tokenizer.is_special.nonzero()[0].tolist() if i < num_rows]
-    banned = [*special, *range(tokenizer.size, num_rows)]
+    banned = [*special, *rows_of_no_token(model, tokenizer)]
     return [i for i in banned if i not in (tokenizer.eos_id, tokenizer.undo_id)]
 
 

@@ -164,6 +164,16 @@ def test_a_sample_depends_on_its_own_prompt_alone(export: Path) -> None:
     assert lm.generate_until(mixed, disable_tqdm=True)[2:] != texts[:2]
 
 
+def test_no_row_that_is_no_token_is_written(export: Path, tokenizer: Tokenizer) -> None:
+    """With `until` every token is spelled as it comes; a row beyond the tokenizer says nothing."""
+    lm = NmarLM(export)
+    lm.model.resize_token_embeddings(tokenizer.size + 300, mean_resizing=False)
+    keywords = dict(do_sample=True, temperature=5.0, max_gen_toks=20)
+    for until in ([], ["nowhere to be found"]):
+        requests = generation(PROMPTS, until=until, **keywords)
+        assert any(lm.generate_until(requests, disable_tqdm=True))
+
+
 def test_greedy_and_sampled_requests_may_be_mixed(export: Path) -> None:
     lm = NmarLM(export, batch_size=3)
     greedy = generation(PROMPTS[:4], max_gen_toks=20)

@@ -35,10 +35,11 @@ class Oracle(torch.nn.Module):
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, problems: list[Problem], policy: Policy, machine: Machine
-    ) -> None:
+        self, tokenizer: Tokenizer, problems: list[Problem], policy: Policy, machine: Machine,
+        num_spare: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.embedding = torch.nn.Embedding(tokenizer.size, 1)
+        self.embedding = torch.nn.Embedding(tokenizer.size + num_spare, 1)
         self.config = examined.LlamaConfig(
             vocab_size=tokenizer.size, num_hidden_layers=1, max_position_embeddings=4096
         )
@@ -88,10 +89,11 @@ def examine(
     families: dict[str, list[Problem]],
     policy: Policy,
     facts: ExportSettings | None = None,
+    num_spare: int = 0,
     **changes: Any,
 ) -> FamilyResult:
     facts = facts or settings_of(tokenizer)
-    model = Oracle(tokenizer, families["words"], policy, facts.machine)
+    model = Oracle(tokenizer, families["words"], policy, facts.machine, num_spare)
     settings: dict[str, Any] = {"num_problems": 30, "batch_size": 16}
     examination = Examination(**(settings | changes))
     return evaluate(model, tokenizer, facts, families, examination)["words"]

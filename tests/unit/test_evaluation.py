@@ -125,6 +125,20 @@ def test_evaluate_by_sampling(tokenizer: Tokenizer, families: dict[str, list[Pro
     assert again(seed=1) != emitted and again(temperature=0.0) != emitted
 
 
+def test_evaluate_never_draws_a_row_that_is_no_token(
+    tokenizer: Tokenizer, families: dict[str, list[Problem]]
+) -> None:
+    """Vocabularies are padded; what such a row would say nobody knows."""
+    settings: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 100, "num_problems": 10}
+    result = examine(
+        tokenizer, families, careful(tokenizer.undo_id), num_spare=2000, **settings
+    )  # fmt: skip
+    samples = [*result.free, *result.forced]
+    written = np.concatenate([sample.decoded.raw_ids for sample in samples])
+    assert written.max() < tokenizer.size
+    assert any(sample.decoded.num_undos for sample in result.free), "drawn amiss now and then"
+
+
 def test_a_draw_without_the_undo_is_another_draw(
     tokenizer: Tokenizer, families: dict[str, list[Problem]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -305,6 +305,22 @@ def test_generate_goes_on_from_a_beginning_and_stops_at_a_text(
     assert len(found.reduced) < len(plain.reduced)
 
 
+@pytest.mark.parametrize("stop_texts", [(), ("nowhere to be found",)], ids=["plain", "stopped"])
+def test_generate_never_writes_a_row_that_is_no_token(
+    stop_texts: tuple[str, ...], export: Path, tokenizer: Tokenizer
+) -> None:
+    """Models have rows beyond their tokenizer: padding, which a random model likes as much."""
+    settings, model = read_settings(export), load_model(export)
+    model.resize_token_embeddings(tokenizer.size + 300, mean_resizing=False)
+    for seed in range(3):
+        found = generate(
+            model, tokenizer, settings, "7. Reverse: sun\n", max_new_tokens=30, temperature=5.0,
+            seed=seed, stop_texts=stop_texts, banned_ids=[tokenizer.eos_id],
+        )  # fmt: skip
+        ids = found.decoded.emitted_ids
+        assert len(ids) == 30 and ids.max() < tokenizer.size and tokenizer.eos_id not in ids
+
+
 def test_launcher_streams_lines_that_add_up(
     export: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
