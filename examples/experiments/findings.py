@@ -241,7 +241,8 @@ def page(found: Mapping[str, Any]) -> str:
         "```bash", f"python examples/experiments/run.py --experiment {found['experiment']} "
         "--output runs/experiments", "```", "", found["design"], "",
         f"Accuracy of the base, greedy: {_text(found['base_accuracy'])}. [low, high] and ±: "
-        "95 % t intervals over seeds; those of differences, over paired differences.", "",
+        "95 % t intervals over seeds; those of differences, over paired differences. A figure "
+        "without one is the same for each seed that has it.", "",
     ]  # fmt: skip
     if found["status"] in ("complete", "incomplete"):
         lines += [*_table(found["arms"]), ""]

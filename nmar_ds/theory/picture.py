@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nmar_ds.pictures import new_figure, save_figure
 from nmar_ds.theory.formulas import interval
 from nmar_ds.theory.settings import OBJECTIVES, OPTIMIZERS
@@ -49,9 +51,9 @@ def _curves(panel: Any, found: dict[str, Any], optimizer: str, key: str) -> None
         steps = curves[0]["step"]
         points = [interval(values) for values in zip(*(one[key] for one in curves), strict=True)]
         (line,) = panel.plot(steps, [point["mean"] for point in points], label=LABELS[objective])
-        if points[0]["low"] is not None:
-            low, high = ([point[side] for point in points] for side in ("low", "high"))
-            panel.fill_between(steps, low, high, alpha=0.2, color=line.get_color())
+        # None, which becomes NaN, at one seed and where all agree: no band there.
+        low, high = (np.array([point[side] for point in points], float) for side in ("low", "high"))
+        panel.fill_between(steps, low, high, alpha=0.2, color=line.get_color())
     start, end = panel.get_ylim()
     if key != "log_p_error":  # the first points of an unknown token would flatten the rest
         panel.set_ylim(0, min(end, 4))

@@ -191,9 +191,13 @@ def _not_shown(found: dict[str, Any]) -> list[str]:
     else:
         for name, ends in found["curves"].items():
             for key, label in SHOWN_CURVES.items():
-                if not excludes_zero(ends[key]["sft_minus_msft"]):
-                    lines.append(f"{name}: a difference in {label} after {found['steps']} steps; "
-                                 "its interval holds 0.")  # fmt: skip
+                apart = ends[key]["sft_minus_msft"]
+                if not excludes_zero(apart):
+                    why = ("all seeds have the same, which gives no interval"
+                           if apart["low"] is None else "its interval holds 0")  # fmt: skip
+                    lines.append(
+                        f"{name}: a difference in {label} after {found['steps']} steps; {why}."
+                    )
     lines.append("(c) under AdamW: the identity is of SGD.")
     lines.append("Anything about other models, data, shares of clean traces or longer training.")
     return lines

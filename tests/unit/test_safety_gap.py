@@ -13,7 +13,8 @@ import torch
 
 from nmar_ds.acceptance.reference import gradients, reference_nll, reference_sums
 from nmar_ds.errors import ConfigError
-from nmar_ds.theory import exact_part, formulas, material, report, safety_gap, seeds
+from nmar_ds.pictures import new_figure
+from nmar_ds.theory import exact_part, formulas, material, picture, report, safety_gap, seeds
 from nmar_ds.theory.directions import directions
 from nmar_ds.theory.settings import load_settings
 from nmar_ds.traces.schema import Role
@@ -97,7 +98,23 @@ def test_intervals_by_hand():
     alone = formulas.interval([4])
     assert alone == {"mean": 4, "low": None, "high": None}
     assert not formulas.excludes_zero(alone)
+    # Quantiles of Student's t from printed tables, on either side of the end of our own.
+    for freedom, quantile in ((2, 4.303), (30, 2.042), (31, 2.040), (40, 2.021), (120, 1.980)):
+        assert formulas.t_quantile(freedom) == pytest.approx(quantile, abs=6e-4)
+    wide = formulas.interval([0.0, 1.0] * 16)  # standard deviation .508
+    assert wide["high"] == pytest.approx(0.5 + 2.0395 * 0.508 / math.sqrt(32), abs=2e-4)
     assert len(formulas.T_QUANTILES) == 30 and sorted(formulas.T_QUANTILES)[0] == 2.042
+
+
+@pytest.mark.parametrize(
+    "values", [[0.0025] * 3, [0.3 - 0.2, 0.1, 0.5 - 0.4], [0.0] * 3, [-7e3] * 4]
+)
+def test_repetitions_that_agree_have_no_interval(values):
+    """Up to rounding: 0.3 - 0.2 is not 0.1. A point would leave out 0 at any distance."""
+    found = formulas.interval(values)
+    assert (found["low"], found["high"]) == (None, None)
+    assert found["mean"] == pytest.approx(values[0]) and not formulas.excludes_zero(found)
+    assert formulas.excludes_zero(formulas.interval([0.0025, 0.0025, 0.0025 + 1e-9]))
 
 
 def test_the_probe_counts_wrong_tokens_from_the_onset_on(study):
@@ -257,6 +274,27 @@ def test_curves_are_spoken_of_from_three_seeds_on_and_with_intervals(study):
     assert len(about_curves(three)) == 2  # log p(e|p), under either optimizer
     assert "log p(e|p) is higher under SFT: +5.000 [+4.752, +5.248]" in about_curves(three)[0]
     assert not about_curves(summary(study, repeated(study[1], 3)))
+
+
+def test_seeds_that_agree_show_nothing_and_are_drawn_without_a_band(study, tmp_path):
+    made = [copy.deepcopy(study[1]["by_seed"][0]) | {"seed": number} for number in range(3)]
+    found = summary(study, made)
+    assert not [line for line in found["shown"] if "steps on this data" in line]
+    same = [line for line in found["not_shown"] if "all seeds have the same" in line]
+    assert len(same) == 6 and "holds 0" not in " ".join(found["not_shown"])
+    assert "SFT - mSFT" in report.page(found)
+
+    def bands(seeds, key):
+        """Whether each point of the two curves has one."""
+        panel = new_figure(tmp_path / "p.png", (4, 3)).subplots()
+        picture._curves(panel, {"by_seed": seeds}, "sgd", key)
+        return [len(path.vertices) > 0 for band in panel.collections for path in band.get_paths()]
+
+    assert not any(bands(made, "ce_undo"))
+    for one in made[1:]:
+        one["curves"]["sgd"]["sft"]["ce_undo"][1] += 0.1 * one["seed"]
+        one["curves"]["sgd"]["sft"]["ce_undo"][2] += 0.1 * one["seed"]
+    assert sum(bands(made, "ce_undo")) == 1
 
 
 def test_what_may_not_be_claimed_never_is(study):
