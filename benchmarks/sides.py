@@ -260,9 +260,7 @@ def ours_loop(job: dict[str, Any], rows: list[Row], rank: int, world_size: int) 
     )
     model = UndoTrainingModel(lm)
     settings = deepspeed_config(config, world_size=world_size, device="cpu")
-    optimizer = make_optimizer(
-        model, config.optimizer, in_host_memory=not torch.cuda.is_available()
-    )
+    optimizer = make_optimizer(model, config.optimizer)
     engine = Engine(model, settings, optimizer, whole_modules=["LlamaDecoderLayer"])
     return TrainingLoop(
         engine, Rows(rows, job, rank, world_size),  # type: ignore[arg-type]
@@ -305,7 +303,7 @@ def plain_step(job: dict[str, Any], rows: list[Row]) -> Any:
         job["model"], dtype=getattr(torch, job["dtype"])
     )
     model = UndoTrainingModel(lm).train()
-    optimizer = make_optimizer(model, run_config(job, 1).optimizer, in_host_memory=True)
+    optimizer = make_optimizer(model, run_config(job, 1).optimizer)
     loader = Rows(rows, job, 0, 1)
 
     def step_of(step: int) -> float:

@@ -83,7 +83,7 @@ def small_engine(config: RunConfig, *, vocab: int) -> Engine:
     model = UndoTrainingModel(loaded.model)
     layers = sorted(loaded.model._no_split_modules or ()) if config.zero.gather_whole_layers else []
     offloaded = config.zero.offload_optimizer is not None
-    optimizer = make_optimizer(model, config.optimizer, in_host_memory=offloaded)
+    optimizer = make_optimizer(model, config.optimizer, offloaded=offloaded)
     return Engine(model, settings, optimizer, whole_modules=layers)
 
 

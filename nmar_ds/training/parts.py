@@ -75,7 +75,7 @@ def build_engine(
     model = UndoTrainingModel(loaded.model, options=config.objective.options, backend=backend)
     layers = sorted(loaded.model._no_split_modules or ()) if config.zero.gather_whole_layers else []
     offloaded = config.zero.offload_optimizer is not None
-    optimizer = make_optimizer(model, config.optimizer, in_host_memory=offloaded)
+    optimizer = make_optimizer(model, config.optimizer, offloaded=offloaded)
     engine = Engine(model, settings, optimizer, whole_modules=layers)
     return engine, loaded.undo_row
 
