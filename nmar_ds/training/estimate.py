@@ -120,9 +120,10 @@ def step_bytes(config: RunConfig, pieces: Sequence[tuple[int, int]], device: str
     """What DeepSpeed and torch form in an optimizer step on this device, at its peak.
 
     DeepSpeed copies a sub-group's gradients into one tensor on CUDA; a CPU reads them where they
-    lie. AdamW's denominator is one more on CUDA, where torch works on lists of tensors and in
-    place, and two on a CPU. Weight decay costs SGD the decayed gradients. The norm comes before
-    all this, in float64: a piece at a time on CUDA, on a CPU 2 MB at a time, which do not count.
+    lie. AdamW's denominator is one more on CUDA, where torch works on lists of tensors; on a CPU
+    it runs fused and forms nothing. Weight decay costs SGD the decayed gradients. The norm comes
+    before all this, in float64: a piece at a time on CUDA, on a CPU 2 MB at a time, which do not
+    count.
 
     Args:
         config: of the run; its optimizer does not live in host memory.
@@ -133,7 +134,7 @@ def step_bytes(config: RunConfig, pieces: Sequence[tuple[int, int]], device: str
     # A sub-group is closed by the parameter that fills it.
     group = min(config.zero.sub_group_size - 1 + largest, part)
     if config.optimizer.name == "adamw":
-        formed = 2 if device == "cpu" else 1
+        formed = 0 if device == "cpu" else 1
     else:
         formed = 1 if config.optimizer.weight_decay else 0
     copied = 0 if device == "cpu" else 1

@@ -86,5 +86,5 @@ def step_run(
         optimizer.flatten = torch._utils._flatten_dense_tensors
         del optimizer.get_grad_norm_direct
         for group in optimizer.param_groups:
-            group["foreach"] = True
+            group["fused"], group["foreach"] = False, True
     return step_bytes(engine, config, vocab=vocab)
