@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cells import finished
+from cells import UNKNOWN, finished, short
 from studies import Arm, Study
 
 from nmar_ds.data.work import write_aside
@@ -56,7 +56,17 @@ def collect(study: Study, output: Path) -> Results:
         if result is not None and cell.condition in study.untrained:
             result = {**result, "end": result["start"]}
         if result is not None:
+            result = {**result, "name": cell.name}
             found.setdefault((cell.condition, cell.objective), {})[cell.seed] = result
+    return found
+
+
+def made_by(results: Results) -> dict[str, list[str]]:
+    """Runs by the code that made them (hex digest); an old result does not say."""
+    found: dict[str, list[str]] = {}
+    for runs in results.values():
+        for result in runs.values():
+            found.setdefault(result.get("code_sha256", UNKNOWN), []).append(result["name"])
     return found
 
 
@@ -116,7 +126,8 @@ def summarize(study: Study, output: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         "experiment": study.name, "question": study.question, "design": study.design,
         "runs": {"finished": num_done, "of": len(study.cells)},
-        "base_accuracy": base, "status": status(base, num_done, len(study.cells)),
+        "code": made_by(results), "base_accuracy": base,
+        "status": status(base, num_done, len(study.cells)),
         "arms": [_arm(arm, runs) for arm, runs in sorted(results.items(), key=_order(study))],
         "differences": _differences(study, results), "gaps": _gaps(study, results),
     }  # fmt: skip
@@ -203,6 +214,8 @@ def conclusions(found: Mapping[str, Any]) -> tuple[list[str], list[str]]:
             f"on {one['b']}: {_text(one)}"
         )
         (shown if _holds(one) else left).append(_with_seeds(text, one))
+    if len(found["code"]) > 1:
+        left.append("That a difference is not one of code: the runs were made by different code.")
     return shown, [*left, "Anything about other models, tasks, sizes or longer training."]
 
 
@@ -238,7 +251,8 @@ def page(found: Mapping[str, Any]) -> str:
         f"# {found['question']}", "",
         f"Experiment `{found['experiment']}`, {runs['finished']} of {runs['of']} runs: "
         f"**{found['status']}**. Written by the command; do not edit.", "",
-        "```bash", f"python examples/experiments/run.py --experiment {found['experiment']} "
+        *_made_by(found["code"]), "```bash",
+        f"python examples/experiments/run.py --experiment {found['experiment']} "
         "--output runs/experiments", "```", "", found["design"], "",
         f"Accuracy of the base, greedy: {_text(found['base_accuracy'])}. [low, high] and ±: "
         "95 % t intervals over seeds; those of differences, over paired differences. A figure "
@@ -248,6 +262,16 @@ def page(found: Mapping[str, Any]) -> str:
         lines += [*_table(found["arms"]), ""]
     lines += ["## Shown", "", *_listed(found["shown"]), "", "## Not shown", ""]
     return "\n".join([*lines, *_listed(found["not_shown"]), ""])
+
+
+def _made_by(code: Mapping[str, Sequence[str]]) -> list[str]:
+    """One line, and runs by name where they are not all of one code."""
+    if not code:
+        return []
+    if len(code) == 1:
+        return [f"Code (sha256 of its files): {short(next(iter(code)))}.", ""]
+    runs = "; ".join(f"{short(key)}: {', '.join(names)}" for key, names in code.items())
+    return [f"**The runs were made by different code** (sha256 of its files): {runs}.", ""]
 
 
 def _listed(texts: Sequence[str]) -> list[str]:

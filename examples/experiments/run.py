@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from cells import Cell, claimed, finished, run_cell
+from cells import UNKNOWN, Cell, claimed, code_sha256, finished, run_cell, short
 from figures import read_figures
 from findings import write_summary
 from studies import STUDIES, Study
@@ -68,6 +68,19 @@ def next_cell(study: Study, output: Path, passed: set[str]) -> Cell | None:
     return None
 
 
+def listed(study: Study, output: Path) -> list[str]:
+    """A line for each run; whether one that is done was made by other code than today's."""
+    lines, today = [], code_sha256()
+    for cell in study.cells:
+        result = finished(cell, output)
+        if result is None:
+            lines.append(f"left  {cell.name}")
+            continue
+        code = result.get("code_sha256", UNKNOWN)
+        lines.append(f"done  {cell.name}" + ("" if code == today else f"  (code: {short(code)})"))
+    return lines
+
+
 def run_all(study: Study, output: Path, options: argparse.Namespace) -> None:
     """Do what is to do, one run after the other.
 
@@ -101,8 +114,7 @@ def main(argv: list[str] | None = None) -> int:
             run_all(study, output, options)
         left = [cell.name for cell in study.cells if finished(cell, output) is None]
         if options.list:
-            for cell in study.cells:
-                print(f"{'left' if cell.name in left else 'done'}  {cell.name}")
+            print(*listed(study, output), sep="\n")
         if options.summary:
             for file in write_summary(study, output, options.pages):
                 print(file)

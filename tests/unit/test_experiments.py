@@ -66,7 +66,7 @@ def digest(one: cells.Cell) -> str:
     return cells.hash_of(cells.settings_of(one))
 
 
-def test_the_hash_covers_what_a_figure_depends_on(
+def test_the_hash_covers_what_a_run_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = tmp_path / "read.jsonl"
@@ -89,6 +89,79 @@ def test_the_hash_covers_what_a_figure_depends_on(
     assert digest(one) == before
     monkeypatch.setattr(cells, "__version__", "9")
     assert digest(one) != before
+
+
+def test_the_code_of_a_result_is_that_of_the_product(tmp_path: Path) -> None:
+    """Every module, by name and bytes; nothing that Python leaves beside them."""
+    for name in ("nmar_ds/a.py", "nmar_ds/deep/b.py", "launcher/c.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x = 1\n")
+    seen = [cells.code_sha256(tmp_path)]
+    (tmp_path / "nmar_ds/a.pyc").write_text("")
+    assert cells.code_sha256(tmp_path) == seen[0]
+    for name, text in (
+        ("nmar_ds/deep/b.py", "x = 2\n"),
+        ("launcher/c.py", ""),
+        ("nmar_ds/d.py", ""),
+    ):
+        (tmp_path / name).write_text(text)
+        seen.append(cells.code_sha256(tmp_path))
+    (tmp_path / "nmar_ds/a.py").rename(tmp_path / "nmar_ds/e.py")
+    seen.append(cells.code_sha256(tmp_path))
+    assert len(set(seen)) == 5
+    patterns = [set(ROOT.glob(pattern)) for pattern in cells.CODE]
+    assert all(patterns) and ROOT / "nmar_ds/inference/decoding.py" in patterns[0]
+
+
+def test_runs_of_other_code_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The settings are today's, so they are kept; the list, the page and its last lines say it."""
+    output, today = tmp_path / "out", cells.code_sha256()
+    toy = toy_study(output, 0.5)
+    monkeypatch.setitem(run.STUDIES, "masking", lambda: toy)
+    words = ["--experiment", "masking", "--output", str(output)]
+
+    def seen() -> tuple[list[str], str, dict[str, Any]]:
+        capsys.readouterr()
+        assert run.main([*words, "--list"]) == 0
+        lines = capsys.readouterr().out.splitlines()[:-1]
+        assert run.main([*words, "--summary", "--pages", str(tmp_path)]) == 0
+        return (
+            lines,
+            (tmp_path / "toy.md").read_text(),
+            json.loads((tmp_path / "toy.json").read_text()),
+        )
+
+    def say(code: str, *names: str) -> None:
+        for name in names:
+            file = output / name / "result.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"code_sha256": code}))
+
+    names = [one.name for one in toy.cells]
+    lines, page, _ = seen()
+    assert lines == [f"done  {name}  (code: not recorded)" for name in names]
+    assert "Code (sha256 of its files): not recorded." in page
+    say(today, *names)
+    lines, page, found = seen()
+    assert lines == [f"done  {name}" for name in names] and found["code"] == {
+        today: found["code"][today]
+    }
+    assert f"Code (sha256 of its files): {today[:12]}." in page and "different code" not in page
+    say("ab" * 32, "sft1")
+    say(cells.CHANGED, "base2")
+    lines, page, found = seen()
+    assert "done  sft1  (code: abababababab)" in lines and "done  sft0" in lines
+    assert "; changed during the run: base2; abababababab: sft1." in page
+    assert found["code"]["ab" * 32] == ["sft1"] and len(found["code"][today]) == 7
+    assert any("the runs were made by different code" in text for text in found["not_shown"])
+
+
+def test_a_run_keeps_the_code_that_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert do(cell(), tmp_path)["code_sha256"] == cells.code_sha256()
+    digests = iter(["a", "b"])
+    monkeypatch.setattr(cells, "code_sha256", lambda: next(digests))
+    assert do(cell("two"), tmp_path)["code_sha256"] == "changed during the run"
 
 
 def test_a_finished_run_is_kept_while_its_settings_are(
