@@ -121,9 +121,8 @@ class NmarLM(LM):  # type: ignore[misc]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """The reduced response to each request, without the `until` text that ended it."""
-        contexts = [request.args[0] for request in requests]
         prompts = [self._prompt(request) for request in requests]
-        numbers = draw_numbers(contexts)
+        numbers = draw_numbers([(request.task_name, request.doc_id) for request in requests])
         alike: dict[Generation, list[int]] = {}
         for index, request in enumerate(requests):
             rules = understand(request.args[1], max_new_tokens=self.max_new_tokens)
@@ -165,7 +164,22 @@ class NmarLM(LM):  # type: ignore[misc]
         return [answers[index] for index in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log p of each whole text after BOS; longer ones in lm-eval's windows, each token once."""
+        """Log p of each whole text after BOS; longer ones in lm-eval's windows, each token once.
+
+        Raises:
+            ConfigError: the model has no BOS, or was trained with a chat template: there is nothing
+                before a plain text that it was trained to go on from.
+        """
+        if requests and (self.chat is not None or not self.tokenizer.add_bos):
+            lacking = (
+                "was trained with a chat template, never on text without one"
+                if self.chat is not None
+                else "has no BOS token, so nothing comes before a text's first token"
+            )
+            raise ConfigError(
+                f"{_place(requests[0])}: loglikelihood_rolling: this model {lacking}; expected "
+                "tasks that generate or that score continuations (multiple_choice, loglikelihood)"
+            )
         totals = []
         for request in tqdm(requests, desc="loglikelihood_rolling", disable=disable_tqdm):
             text = str(request.args[0])
@@ -226,14 +240,14 @@ class NmarLM(LM):  # type: ignore[misc]
         for found in decoded:
             self.counts.update(
                 responses=1,
-                responses_with_undo=found.num_undos > 0,
+                responses_with_undo=int(found.num_undos > 0),
                 undos=found.num_undos,
                 stray_undos=found.num_strays,
                 tokens_emitted=len(found.emitted_ids),
                 tokens_kept=len(found.reduced_ids),
-                undo_limited=found.undo_limited,
-                loop_limited=found.loop_limited,
-                cut_off=found.stop_reason == "length",
+                undo_limited=int(found.undo_limited),
+                loop_limited=int(found.loop_limited),
+                cut_off=int(found.stop_reason == "length"),
             )
         return decoded
 

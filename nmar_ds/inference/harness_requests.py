@@ -57,19 +57,23 @@ def understand(keywords: Mapping[str, Any], *, max_new_tokens: int | None) -> Ge
     )
 
 
-def draw_numbers(contexts: Sequence[str]) -> list[int]:
-    """What fixes the draws of each response beside the seed: its prompt, and which repeat it is.
+def draw_numbers(documents: Sequence[tuple[str | None, int | None]]) -> list[int]:
+    """What fixes the draws of each response beside the seed: its task, its document, which repeat.
 
-    So a sample depends neither on the tasks that run beside nor on how many documents do, and the
-    repeats of one document differ.
+    So a sample depends neither on the tasks that run beside nor on how many documents do, and
+    equal prompts of two tasks, of two documents or of one document's repeats differ.
+
+    Args:
+        documents: of each request its task's name and its document's number in it.
 
     Returns:
         63-bit numbers.
     """
-    seen: Counter[str] = Counter()
+    seen: Counter[tuple[str | None, int | None]] = Counter()
     numbers = []
-    for context in contexts:
-        digest = hashlib.sha256(f"{seen[context]}\x1f{context}".encode()).digest()
+    for task, document in documents:
+        repeat = seen[task, document]
+        digest = hashlib.sha256(f"{repeat}\x1f{document}\x1f{task}".encode()).digest()
         numbers.append(int.from_bytes(digest[:8], "little") >> 1)
-        seen[context] += 1
+        seen[task, document] += 1
     return numbers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import json
 from collections.abc import Sequence
@@ -10,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nmar_ds.errors import ConfigError
+from nmar_ds.errors import ConfigError, NmarError
+from nmar_ds.inference.harness_tasks import check_documents, find_tasks, load_tasks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,29 +47,6 @@ def require_lm_eval() -> None:
         )
 
 
-def find_tasks(names: Sequence[str], tasks_path: Path | None) -> Any:
-    """lm-eval's manager of tasks, in which all names are known.
-
-    lm-eval's own tasks are indexed only where a name asks for them: that takes ten seconds.
-
-    Raises:
-        ConfigError: no such folder, or a name that nobody knows.
-    """
-    if tasks_path is not None and not tasks_path.is_dir():
-        raise ConfigError(f"--tasks-path: {tasks_path}: no such folder, expected one with YAML")
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=tasks_path, include_defaults=False)
-    if not set(names) <= set(manager.all_tasks):
-        manager = TaskManager(include_path=tasks_path)
-    for name in names:
-        if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, manager.all_tasks, n=1)
-            hint = f", the nearest is {near[0]!r}" if near else ""
-            raise ConfigError(f"--tasks: {name!r}: no such task{hint}")
-    return manager
-
-
 def run_harness(run: HarnessRun) -> dict[str, Any]:
     """Evaluate.
 
@@ -77,11 +54,14 @@ def run_harness(run: HarnessRun) -> dict[str, Any]:
         lm-eval's results, samples among them; `config.nmar` says how much was undone.
 
     Raises:
-        ConfigError: a task is unknown or its data cannot be read; or as `harness.NmarLM`.
+        ConfigError: a task is unknown, or its YAML or data are not in order; or as
+            `harness.NmarLM`.
         VocabularyError: as `harness.NmarLM`.
     """
     require_lm_eval()
     manager = find_tasks(run.tasks, run.tasks_path)
+    loaded = load_tasks(manager, run.tasks)
+    manager.load = lambda names: loaded  # lm-eval need not load them once more
     from lm_eval import simple_evaluate
 
     import nmar_ds.inference.harness  # noqa: F401  (registers `nmar`)
@@ -99,9 +79,14 @@ def run_harness(run: HarnessRun) -> dict[str, Any]:
             limit=run.limit,
             gen_kwargs=keywords or None,
         )
-    except OSError as error:  # data sets that are not here, with or without a network
+    except NmarError:
+        raise
+    except OSError as error:
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"--tasks: {line}, expected data that can be read here") from None
+    except Exception:
+        check_documents(manager, loaded, run.limit)  # raises where a task is the cause
+        raise
     return results
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
+from test_chat import write_chat_folder
 from tiny_tokenizers import write_bpe
 from transformers import AutoModelForCausalLM
 
@@ -24,6 +26,7 @@ from nmar_ds.inference.harness import NmarLM
 from nmar_ds.inference.harness_requests import draw_numbers, understand
 from nmar_ds.inference.rendering import response_text, without_undos
 from nmar_ds.inference.scoring import score_texts
+from nmar_ds.traces.chat import ChatTemplate
 from nmar_ds.traces.encoding import Tokenizer, add_undo, train_sentencepiece
 from nmar_ds.traces.reduction import reduce
 
@@ -49,12 +52,23 @@ def generate_launcher() -> Any:
     return runpy.run_path(str(ROOT / "launcher/generate.py"))["main"]
 
 
-def asked(kind: str, *arguments: Any, document: int = 0) -> Instance:
-    return Instance(kind, {}, arguments, 0, ("task", document, 1))
+def asked(kind: str, *arguments: Any, document: int = 0, task: str = "task") -> Instance:
+    return Instance(kind, {}, arguments, 0, (task, document, 1))
 
 
-def generation(prompts: list[str], **keywords: Any) -> list[Instance]:
-    return [asked("generate_until", prompt, keywords) for prompt in prompts]
+def generation(
+    prompts: list[str], *, first: int = 0, task: str = "task", **keywords: Any
+) -> list[Instance]:
+    """Requests of documents `first` and on."""
+    return [
+        asked("generate_until", prompt, keywords, document=number, task=task)
+        for number, prompt in enumerate(prompts, first)
+    ]
+
+
+def draws(num: int) -> list[int]:
+    """Of the documents of `generation`."""
+    return draw_numbers([("task", number) for number in range(num)])
 
 
 def test_the_registry_knows_it() -> None:
@@ -76,7 +90,7 @@ def test_texts_are_those_of_reduced_ids(
     prompts = [encode_prompt(prompt, tokenizer) for prompt in PROMPTS]
     wanted = decode(
         lm.model, prompts, machine=lm.settings.machine, eos_id=tokenizer.eos_id, pad_id=None,
-        max_new_tokens=30, temperature=temperature, numbers=draw_numbers(PROMPTS), **UNDOING,
+        max_new_tokens=30, temperature=temperature, numbers=draws(len(PROMPTS)), **UNDOING,
     )  # fmt: skip
     num_telling = 0
     for text, prompt, decoded in zip(texts, prompts, wanted, strict=True):
@@ -124,10 +138,10 @@ def test_until_is_looked_for_in_what_is_left(export: Path, tokenizer: Tokenizer)
     prompts = [encode_prompt(prompt, tokenizer) for prompt in PROMPTS]
     decodes = decode(
         lm.model, prompts, machine=lm.settings.machine, eos_id=tokenizer.eos_id, pad_id=None,
-        max_new_tokens=30, temperature=1.5, numbers=draw_numbers(PROMPTS), seed=5,
+        max_new_tokens=30, temperature=1.5, numbers=draws(len(PROMPTS)), seed=5,
     )  # fmt: skip
     num_across = 0
-    for text, prompt, decoded in zip(PROMPTS, prompts, decodes, strict=True):
+    for number, (text, prompt, decoded) in enumerate(zip(PROMPTS, prompts, decodes, strict=True)):
         # What was left after each token, for texts that are gone in the end end a response too.
         left = [
             response_text(tokenizer, prompt, reduce(decoded.raw_ids[:n], lm.settings.machine))
@@ -138,7 +152,9 @@ def test_until_is_looked_for_in_what_is_left(export: Path, tokenizer: Tokenizer)
         across = [piece for piece in pieces if not any(piece in part for part in left)]
         stopped = [until for until in (across[:1], [left[-1][2:5]]) if until]
         texts = [
-            lm.generate_until(generation([text], until=until, **keywords), disable_tqdm=True)[0]
+            lm.generate_until(
+                generation([text], first=number, until=until, **keywords), disable_tqdm=True
+            )[0]
             for until in stopped
         ]
         if across:
@@ -151,13 +167,23 @@ def test_until_is_looked_for_in_what_is_left(export: Path, tokenizer: Tokenizer)
     assert num_across > 2
 
 
-def test_a_sample_depends_on_its_own_prompt_alone(export: Path) -> None:
+def test_a_sample_depends_on_its_own_document_alone(export: Path) -> None:
     keywords = dict(do_sample=True, temperature=2.0, top_p=0.9, max_gen_toks=20)
     lm = NmarLM(export, batch_size=4, seed=3)
     texts = lm.generate_until(generation(PROMPTS, **keywords), disable_tqdm=True)
-    assert lm.generate_until(generation(PROMPTS[5:], **keywords), disable_tqdm=True) == texts[5:]
-    twice = lm.generate_until(generation([PROMPTS[0]] * 3, **keywords), disable_tqdm=True)
+    later = generation(PROMPTS[5:], first=5, **keywords)
+    assert lm.generate_until(later, disable_tqdm=True) == texts[5:]
+    repeats = generation(PROMPTS[:1], **keywords) * 3
+    twice = lm.generate_until(repeats, disable_tqdm=True)
     assert twice[0] == texts[0] and len(set(twice)) == 3, "repeats differ"
+    # Equal prompts have draws of their own, in one task as in two.
+    alike = lm.generate_until(generation([PROMPTS[0]] * 3, **keywords), disable_tqdm=True)
+    assert alike[0] == texts[0] and len(set(alike)) == 3
+    other_task = generation(PROMPTS, task="other", **keywords)
+    both = lm.generate_until([*other_task, *generation(PROMPTS, **keywords)], disable_tqdm=True)
+    assert both[len(PROMPTS) :] == texts
+    assert all(a != b for a, b in zip(both, texts, strict=False))
+    assert lm.generate_until(other_task, disable_tqdm=True) == both[: len(PROMPTS)]
     other = NmarLM(export, batch_size=4, seed=4)
     assert other.generate_until(generation(PROMPTS, **keywords), disable_tqdm=True) != texts
     mixed = generation(PROMPTS[:2], max_gen_toks=20) + generation(PROMPTS[:2], **keywords)
@@ -177,7 +203,7 @@ def test_no_row_that_is_no_token_is_written(export: Path, tokenizer: Tokenizer) 
 def test_greedy_and_sampled_requests_may_be_mixed(export: Path) -> None:
     lm = NmarLM(export, batch_size=3)
     greedy = generation(PROMPTS[:4], max_gen_toks=20)
-    sampled = generation(PROMPTS[4:8], max_gen_toks=20, temperature=2.0)
+    sampled = generation(PROMPTS[4:8], first=4, max_gen_toks=20, temperature=2.0)
     apart = [lm.generate_until(part, disable_tqdm=True) for part in (greedy, sampled)]
     order = [0, 4, 1, 5, 2, 6, 3, 7]
     mixed = lm.generate_until([[*greedy, *sampled][i] for i in order], disable_tqdm=True)
@@ -252,6 +278,25 @@ def test_rolling_scores_every_token_once(export: Path, tokenizer: Tokenizer) -> 
             logits = lm.model(torch.tensor([seen])).logits[0, -len(scored) :]
         direct += float(logits.log_softmax(-1)[torch.arange(len(scored)), scored].sum())
     assert windowed == pytest.approx(direct, abs=1e-4) and abs(windowed - whole) > 1e-3
+
+
+def test_rolling_needs_something_before_a_text(tmp_path: Path) -> None:
+    """BOS; where there is none, or a chat template that every training text had, it is refused."""
+    request = asked("rolling", "sun mat", document=3)
+    talks = add_undo(write_chat_folder(tmp_path / "chat"), tmp_path / "chat_undo")
+    facts = ChatTemplate(talks).facts
+    lm = NmarLM(examined.make_export(tmp_path / "chat_export", talks, chat=facts))
+    with pytest.raises(ConfigError, match=r"task: document 3: loglikelihood_rolling: .* chat temp"):
+        lm.loglikelihood_rolling([request], disable_tqdm=True)
+    plain = add_undo(write_bpe(tmp_path / "plain", add_prefix_space=False), tmp_path / "undo")
+    lm = NmarLM(examined.make_export(tmp_path / "export", plain))
+    assert not lm.tokenizer.add_bos
+    with pytest.raises(ConfigError, match=r"has no BOS token, .*; expected tasks that generate"):
+        lm.loglikelihood_rolling([request], disable_tqdm=True)
+    assert lm.loglikelihood_rolling([], disable_tqdm=True) == []
+    # Continuations it scores, after a prompt.
+    ((score, _),) = lm.loglikelihood([asked("loglikelihood", "sun", " mat")], disable_tqdm=True)
+    assert score < 0
 
 
 @pytest.mark.parametrize(
@@ -386,7 +431,7 @@ def test_a_right_response_is_counted_as_right(
     prompts = [json.loads(line)["prompt"] for line in (TASKS / "chain_sum.jsonl").open("rb")][:8]
     lm = NmarLM(sums_export, max_new_tokens=24, seed=2)
     texts = lm.generate_until(
-        generation(prompts, temperature=1.5, do_sample=True), disable_tqdm=True
+        generation(prompts, task="own", temperature=1.5, do_sample=True), disable_tqdm=True
     )
     assert lm.counts["undos"] > 0 and len(set(texts)) == 8
     lines = [
@@ -444,3 +489,77 @@ def test_data_that_is_not_there_is_one_line(
     assert main(common) == 2
     error = capsys.readouterr().err
     assert "error: --tasks: " in error and "chain_sum.jsonl" in error
+
+
+def own_task(
+    folder: Path, *, change: tuple[str, str] = ("", ""), data: bytes | None = None
+) -> None:
+    """A copy of the first task, named `own`, with a place of its YAML or its data changed."""
+    yaml = (TASKS / "nmar_chain_sum.yaml").read_text("utf-8").replace("nmar_chain_sum", "own")
+    yaml = yaml.replace("examples/harness/chain_sum.jsonl", str(folder / "own.jsonl"))
+    assert change[0] in yaml
+    (folder / "own.yaml").write_text(yaml.replace(*change) if change[0] else yaml, "utf-8")
+    lines = (TASKS / "chain_sum.jsonl").read_bytes().splitlines(keepends=True)[:4]
+    (folder / "own.jsonl").write_bytes(b"".join(lines) if data is None else data)
+
+
+ROW = b'{"prompt": "1 + 1", "reference": "2"}\n'
+
+
+@pytest.mark.parametrize(
+    ("malformed", "words"),
+    [
+        ({"data": ROW + b'{"prompt": "1 + 2", \n'}, "own.jsonl: line 2: Expecting property name"),
+        ({"data": b'{"prompt": "\xff"}\n'}, "own.jsonl: line 1: not UTF-8, expected one JSON obj"),
+        ({"data": ROW + b"[1]\n"}, "own.jsonl: line 2: list, expected one JSON object a line"),
+        ({"data": b""}, "own.jsonl: it has no documents"),
+        ({"change": ("metric_list:", "metric_list: [")}, "own.yaml: line 19: "),
+        ({"change": ("num_fewshot:", "num_fewshots:")}, "own.yaml: TypeError: .*num_fewshots"),
+        ({"change": ("{{reference}}", "{{answer}}")}, "own.yaml: UndefinedError: 'answer' is"),
+        ({"change": ("test_split: test", "test_split: tset")}, "own.yaml: KeyError: 'tset'"),
+        ({"change": ("metric: exact_match", "metric: exact_mach")}, "metric_list: 'exact_mach'"),
+        (
+            {
+                "change": ("{{prompt}}", "{{prompt + 1}}"),
+                "data": b'{"prompt": 1, "reference": "2"}\n{"prompt": null, "reference": "2"}\n',
+            },
+            "own.yaml: document 1: TypeError: ",
+        ),
+    ],
+)
+def test_a_malformed_task_is_one_line(
+    malformed: dict[str, Any], words: str, sums_export: Path, tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """It names the task's YAML or the file of its data, and comes before anything is decoded."""
+    own_task(tmp_path, **malformed)
+    main = runpy.run_path(str(ROOT / "launcher/evaluate_harness.py"))["main"]
+    capfd.readouterr()
+    code = main(["--model", str(sums_export), "--tasks", "own", "--tasks-path", str(tmp_path)])
+    error = capfd.readouterr().err
+    assert code == 2 and "Traceback" not in error and "generate_until" not in error
+    (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert re.search(words, line) and str(tmp_path) in line and "expected" in line
+
+
+def test_a_fault_that_is_no_tasks_is_not_blamed_on_one(
+    sums_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: NmarLM, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        raise RuntimeError("a fault of the decoder")
+
+    own_task(tmp_path)
+    monkeypatch.setattr(NmarLM, "generate_until", broken)
+    main = runpy.run_path(str(ROOT / "launcher/evaluate_harness.py"))["main"]
+    with pytest.raises(RuntimeError, match="a fault of the decoder"):
+        main(["--model", str(sums_export), "--tasks", "own", "--tasks-path", str(tmp_path)])
+
+
+def test_one_response_is_counted_as_a_number(
+    sums_export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own_task(tmp_path, data=ROW)
+    main = runpy.run_path(str(ROOT / "launcher/evaluate_harness.py"))["main"]
+    common = ["--model", str(sums_export), "--tasks", "own", "--tasks-path", str(tmp_path)]
+    assert main([*common, "--max-new-tokens", "2", "--undo", "ban"]) == 0
+    assert "0 of 1 responses took something back" in capsys.readouterr().out
