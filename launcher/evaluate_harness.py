@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nmar_ds.errors import ConfigError, NmarError
+from nmar_ds.inference.limits import TEMPERATURES, fits_temperature
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -48,8 +49,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if options.seed < 0 or not (options.temperature is None or 0 <= options.temperature):
-        parser.error("--seed and --temperature must not be negative")
+    if options.seed < 0:
+        parser.error("--seed must not be negative")
+    if options.temperature is not None and not fits_temperature(options.temperature):
+        parser.error(f"--temperature must be {TEMPERATURES}")
     return options
 
 

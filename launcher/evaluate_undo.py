@@ -14,6 +14,12 @@ from types import SimpleNamespace
 from typing import Any
 
 from nmar_ds.errors import ConfigError, NmarError
+from nmar_ds.inference.limits import (
+    MAX_TEMPERATURE,
+    MIN_TEMPERATURE,
+    TEMPERATURES,
+    fits_temperature,
+)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -118,10 +124,13 @@ def check_numbers(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         parser.error("--samples, --seed and --step must not be negative")
     if options.seed >= 2**63:
         parser.error("--seed must be below 2^63")
-    if not 0 <= options.temperature < float("inf"):
-        parser.error("--temperature must be a number of at least 0")
-    if not 0 < options.vote_temperature < float("inf"):
-        parser.error("--vote-temperature must be a number above 0, or all samples are equal")
+    if not fits_temperature(options.temperature):
+        parser.error(f"--temperature must be {TEMPERATURES}")
+    if options.vote_temperature == 0 or not fits_temperature(options.vote_temperature):
+        parser.error(
+            f"--vote-temperature must be {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}; at 0 all "
+            "samples would be equal"
+        )
 
 
 def check(options: argparse.Namespace) -> SimpleNamespace:

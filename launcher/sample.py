@@ -59,18 +59,23 @@ def run(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from nmar_ds.inference.exported import load_model
-    from nmar_ds.inference.own_samples import SamplingSettings, model_facts, sample_file
+    from nmar_ds.inference.own_samples import (
+        SamplingSettings,
+        model_facts,
+        positions_of,
+        sample_file,
+    )
 
-    name = model_facts(options.model, tokenizer)
     settings = SamplingSettings(
         num_samples=options.num_samples, max_new_tokens=options.max_new_tokens,
         temperature=options.temperature, top_p=options.top_p, seed=options.seed,
         batch_size=options.batch_size,
     )  # fmt: skip
+    name = model_facts(options.model, tokenizer)
     with tqdm(unit=" records", disable=None) as bar:
         for num_done in sample_file(
             options.records, options.output, lambda: load_model(options.model), tokenizer,
-            settings=settings, chat=chat, model=name,
+            settings=settings, chat=chat, model=name, num_positions=positions_of(options.model),
         ):  # fmt: skip
             bar.update(num_done - bar.n)
     print(f"{options.output}: {num_done:,} records, {options.num_samples} samples each")

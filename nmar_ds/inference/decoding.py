@@ -27,6 +27,7 @@ import torch
 from transformers import DynamicCache
 
 from nmar_ds.errors import ConfigError, VocabularyError
+from nmar_ds.inference.limits import MAX_UNDO_BIAS, check_draws
 from nmar_ds.inference.sampling import sample, uniform_draws
 from nmar_ds.inference.stack import Event, Stack
 from nmar_ds.traces.encoding import Tokenizer
@@ -142,8 +143,9 @@ def decode(
         max_undos: undos emitted per sequence, after which `<UNDO>` is banned for it.
         max_consecutive_undos: the same for undos in a row; not below the longest deviation.
         undo_mode: "ban" makes `<UNDO>` impossible.
-        undo_bias: added to the logit of `<UNDO>` (large values force it, up to the limits).
-        temperature: 0 is greedy, otherwise logits are divided by it and sampled.
+        undo_bias: added to the logit of `<UNDO>` (large values force it, up to the limits); a
+            million in either direction at most.
+        temperature: 0 is greedy, otherwise logits are divided by it and sampled; 0.0001 to 10000.
         top_p: nucleus: the smallest set of likeliest tokens with at least this mass.
         seed: with the number of a sequence it fixes the draws of that sequence.
         forced: int arrays, appended to the prompts as response already written (a prefix, a
@@ -408,10 +410,9 @@ def _check(
     wrong = [
         ("max_new_tokens", rules.max_new_tokens, "at least 1", rules.max_new_tokens < 1),
         ("batch_size", batch_size, "at least 1", batch_size < 1),
-        ("temperature", rules.temperature, "0 or more", not rules.temperature >= 0),
-        ("top_p", rules.top_p, "in (0, 1]", not 0 < rules.top_p <= 1),
         ("undo_mode", undo_mode, "'allow' or 'ban'", undo_mode not in ("allow", "ban")),
-        ("undo_bias", rules.undo_bias, "a finite number", not math.isfinite(rules.undo_bias)),
+        ("undo_bias", rules.undo_bias, f"{-MAX_UNDO_BIAS:g} to {MAX_UNDO_BIAS:g}",
+         not abs(rules.undo_bias) <= MAX_UNDO_BIAS),
         ("max_consecutive_undos", rules.max_consecutive_undos, "at least 1",
          rules.max_consecutive_undos < 1),
         ("max_revisits", rules.max_revisits, "0 or more, or None",
@@ -420,6 +421,7 @@ def _check(
     for name, value, expected, bad in wrong:
         if bad:
             raise ConfigError(f"decoding: {name}: {value!r}, expected {expected}")
+    check_draws("decoding: ", temperature=rules.temperature, top_p=rules.top_p)
     num_known = model.get_input_embeddings().weight.shape[0]
     num_positions = getattr(model.config, "max_position_embeddings", None)
     highest = max(rules.eos_id, rules.pad_id, *rules.banned_ids)

@@ -12,9 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from nmar_ds.errors import ConfigError, TraceError
 from nmar_ds.files import sha256_file
 from nmar_ds.inference.decoding import Decoded, decode, rows_of_no_token
+from nmar_ds.inference.limits import check_draws
 from nmar_ds.model.folder import check_model_folder
 from nmar_ds.model.own_tokenizer import check_own_tokenizer
 from nmar_ds.traces.chat import ChatTemplate
@@ -50,8 +53,10 @@ class SamplingSettings:
         Raises:
             ConfigError: names the value.
         """
-        if self.num_samples < 1:
-            raise ConfigError(f"num_samples: {self.num_samples}, expected at least 1")
+        for name in ("num_samples", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: {getattr(self, name)}, expected at least 1")
+        check_draws("", temperature=self.temperature, top_p=self.top_p)
         if self.temperature == 0 and self.num_samples > 1:
             raise ConfigError(
                 f"num_samples: {self.num_samples} with temperature 0 would be equal, expected 1"
@@ -67,6 +72,7 @@ def sample_file(
     settings: SamplingSettings,
     chat: ChatTemplate | None,
     model: dict[str, Any],
+    num_positions: int | None,
 ) -> Iterator[int]:
     """Write the records of a file with a model's samples in them, and yield how many are done.
 
@@ -81,14 +87,17 @@ def sample_file(
         settings: how to draw.
         chat: put around the prompts, as in training.
         model: from `model_facts`; kept beside a part, so that no other model continues it.
+        num_positions: from `positions_of`: prompt and response have to fit. None: no limit.
 
     Raises:
-        TraceError: a bad record; nothing is written for any of the file.
+        TraceError: a bad record, one that is too long among them; nothing is written for any of
+            the file, and no part is begun.
         ConfigError: the output exists, or its part was begun with other settings.
     """
     if output.exists():
         raise ConfigError(f"{output}: exists already, expected a new file")
-    prompts = [_prompt(record, tokenizer, chat) for record in read_records(records)]
+    most = None if num_positions is None else num_positions - settings.max_new_tokens
+    prompts = [_prompt(record, tokenizer, chat, most) for record in read_records(records)]
     if not prompts:
         raise TraceError(records, None, "file", "holds no record", "at least one")
     lines = [line for line in records.read_bytes().split(b"\n") if line.strip()]
@@ -137,6 +146,23 @@ def model_facts(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
+def positions_of(folder: Path) -> int | None:
+    """Positions that a model was built for, None where it has no limit; reads no weights.
+
+    Raises:
+        ConfigError: transformers does not know the folder's kind of model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(
+            f"{folder / 'config.json'}: not a model's configuration ({line})"
+        ) from None
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    return positions
+
+
 def _parts(output: Path) -> tuple[Path, Path]:
     return output.with_name(output.name + ".part"), output.with_name(output.name + ".part.json")
 
@@ -161,8 +187,10 @@ def _begin(part: Path, beside: Path, facts: dict[str, Any]) -> int:
     return whole.count(b"\n")
 
 
-def _prompt(record: Record, tokenizer: Tokenizer, chat: ChatTemplate | None) -> IdArray:
-    """The prompt's ids, exactly as preparation will have them."""
+def _prompt(
+    record: Record, tokenizer: Tokenizer, chat: ChatTemplate | None, most: int | None
+) -> IdArray:
+    """The prompt's ids, exactly as preparation will have them; `most` of them at most."""
     if len(record.turns) != 1 or record.marked or record.rejected is not None or record.steps:
         raise TraceError(
             record.path, record.line, "record", "not a plain prompt and reference",
@@ -173,6 +201,12 @@ def _prompt(record: Record, tokenizer: Tokenizer, chat: ChatTemplate | None) -> 
         raise TraceError(
             record.path, record.line, "prompt", "empty, and the tokenizer sets no BOS", "some text"
         )
+    if most is not None and len(prompt) > most:
+        raise TraceError(
+            record.path, record.line, "prompt", f"{len(prompt)} tokens",
+            f"at most {max(most, 0)}, the model's positions less those of a response; leave the "
+            "record out, or see --max-new-tokens",
+        )  # fmt: skip
     return prompt
 
 

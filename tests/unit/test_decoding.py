@@ -19,6 +19,7 @@ from transformers import (
 
 from nmar_ds.errors import ConfigError, VocabularyError
 from nmar_ds.inference.decoding import Decoded, decode
+from nmar_ds.inference.limits import MAX_TEMPERATURE, MAX_UNDO_BIAS, MIN_TEMPERATURE
 from nmar_ds.inference.metrics import num_revisits
 from nmar_ds.inference.plain import UndoLogitsProcessor, reduce_generated
 from nmar_ds.inference.sampling import sample
@@ -306,6 +307,12 @@ def test_decode_drops_finished_sequences_from_the_batch() -> None:
         ({"max_new_tokens": 126}, ConfigError, "make 129, expected at most the model's 128"),
         ({"temperature": -1.0}, ConfigError, "temperature: -1.0"),
         ({"temperature": float("nan")}, ConfigError, "temperature: nan"),
+        ({"temperature": float("inf")}, ConfigError, "temperature: inf, expected 0 (greedy) or"),
+        ({"temperature": 1e39}, ConfigError, "temperature: 1e+39, expected 0 (greedy) or 0.0001"),
+        ({"temperature": 1e-40}, ConfigError, "temperature: 1e-40, expected 0 (greedy) or 0.0001"),
+        ({"undo_bias": 1e39}, ConfigError, "undo_bias: 1e+39, expected -1e+06 to 1e+06"),
+        ({"undo_bias": -1e39}, ConfigError, "undo_bias: -1e+39, expected"),
+        ({"undo_bias": float("nan")}, ConfigError, "undo_bias: nan, expected"),
         ({"top_p": 0.0}, ConfigError, "top_p: 0.0"),
         ({"max_revisits": -1}, ConfigError, "max_revisits: -1, expected 0 or more"),
         ({"undo_mode": "Ban"}, ConfigError, "undo_mode: 'Ban'"),
@@ -318,6 +325,25 @@ def test_decode_refuses_settings_in_one_line(
     with pytest.raises(error, match="decoding: ") as caught:
         run(llama, PROMPT, **changes)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("temperature", [MIN_TEMPERATURE, MAX_TEMPERATURE])
+@pytest.mark.parametrize("bias", [-MAX_UNDO_BIAS, MAX_UNDO_BIAS])
+def test_decode_computes_with_all_numbers_it_takes(
+    temperature: float, bias: float, llama: Any, prompts: list[np.ndarray]
+) -> None:
+    """A banned token has no probability, however the others are bent."""
+    banned = [*range(4), *range(20, UNDO)]
+    found = run(
+        llama, prompts, temperature=temperature, undo_bias=bias, banned_ids=banned, max_undos=7
+    )  # fmt: skip
+    emitted = np.concatenate([decoded.emitted_ids for decoded in found])
+    assert not np.isin(emitted, banned).any()
+    if bias < 0:
+        assert UNDO not in emitted
+    else:
+        assert all(decoded.emitted_ids[:7].tolist() == [UNDO] * 7 for decoded in found)
+        assert all(decoded.num_undos == 7 for decoded in found)
 
 
 def test_decode_refuses_an_empty_prompt(llama: Any) -> None:

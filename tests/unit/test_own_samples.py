@@ -19,6 +19,7 @@ from nmar_ds.errors import ConfigError, TraceError, VocabularyError
 from nmar_ds.inference.own_samples import SamplingSettings, model_facts, sample_file
 from nmar_ds.traces.encoding import Tokenizer
 from nmar_ds.traces.records import read_records
+from nmar_ds.traces.turns import encode_record
 
 ROOT = Path(__file__).resolve().parents[2]
 Write = Callable[..., Path]
@@ -37,10 +38,11 @@ def tiny_model(rows: int) -> Any:
 
 
 SETTINGS = SamplingSettings(num_samples=3, max_new_tokens=12, seed=5, batch_size=6)
+COMMON: dict[str, Any] = {"chat": None, "model": {"folder": "m"}, "num_positions": 128}
 
 
 def draw(records: Path, output: Path, tokenizer: Tokenizer, lm: Any, **changes: Any) -> list[int]:
-    asked = {"settings": SETTINGS, "chat": None, "model": {"folder": "m"}, **changes}
+    asked = {"settings": SETTINGS, **COMMON, **changes}
     return list(sample_file(records, output, lambda: lm, tokenizer, **asked))
 
 
@@ -87,7 +89,7 @@ def test_a_call_that_died_is_continued(
     model = tiny_model(sp_tokenizer.size)
     draw(records, tmp_path / "whole.jsonl", sp_tokenizer, model)
     output = tmp_path / "again.jsonl"
-    asked = {"settings": SETTINGS, "chat": None, "model": {"folder": "m"}}
+    asked = {"settings": SETTINGS, **COMMON}
     for num_done in sample_file(records, output, lambda: model, sp_tokenizer, **asked):
         if num_done >= 4:
             break  # killed between two batches
@@ -103,7 +105,7 @@ def test_a_part_of_other_settings_is_not_continued(
     records: Path, tmp_path: Path, sp_tokenizer: Tokenizer
 ) -> None:
     model, output = tiny_model(sp_tokenizer.size), tmp_path / "o.jsonl"
-    asked = {"settings": SETTINGS, "chat": None, "model": {"folder": "m"}}
+    asked = {"settings": SETTINGS, **COMMON}
     next(sample_file(records, output, lambda: model, sp_tokenizer, **asked))
     with pytest.raises(ConfigError, match=r"o\.jsonl\.part: was begun with other model, seed;"):
         draw(records, output, sp_tokenizer, model, model={"folder": "n"},
@@ -134,6 +136,41 @@ def test_what_cannot_be_sampled(
         draw(records, output, sp_tokenizer, model)
     with pytest.raises(ConfigError, match="with temperature 0 would be equal"):
         SamplingSettings(num_samples=2, temperature=0.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_samples": 0}, "num_samples: 0, expected at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens: 0, expected at least 1"),
+        ({"batch_size": 0}, "batch_size: 0, expected at least 1"),
+        ({"temperature": -1.0}, "temperature: -1.0, expected 0 (greedy) or 0.0001"),
+        ({"temperature": float("inf")}, "temperature: inf, expected 0 (greedy) or 0.0001"),
+        ({"top_p": 0.0}, "top_p: 0.0, expected in (0, 1]"),
+    ],
+)
+def test_numbers_that_cannot_be_meant(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        SamplingSettings(**changes)
+    assert words in str(caught.value)
+
+
+def test_a_prompt_too_long_is_refused_before_anything_is_begun(
+    write_jsonl: Write, tmp_path: Path, sp_tokenizer: Tokenizer
+) -> None:
+    """The last record of many batches: what came before it would be lost, and block the mending."""
+    rows = sums(10, seed=3)
+    rows[-1]["prompt"] = "+".join(["1"] * 60) + "?"
+    long, output = write_jsonl(rows, "long.jsonl"), tmp_path / "o.jsonl"
+    model = tiny_model(sp_tokenizer.size)
+    *_, last = read_records(long)
+    num = len(encode_record(last, sp_tokenizer).turns[0].prompt_ids)
+    assert 128 - 12 < num < 128
+    with pytest.raises(TraceError, match=rf":10: prompt: {num} tokens, expected at most 116, the"):
+        draw(long, output, sp_tokenizer, model)
+    assert not list(tmp_path.glob("o.jsonl*"))
+    fitting = SamplingSettings(max_new_tokens=128 - num)
+    assert draw(long, output, sp_tokenizer, model, settings=fitting)[-1] == 10
 
 
 def test_from_samples_to_a_store(records: Path, tmp_path: Path, sp_tokenizer: Tokenizer) -> None:
@@ -170,6 +207,10 @@ def test_the_command_from_configuration_to_file(
     assert len(list(read_records(tmp_path / "o.jsonl"))) == 10
     assert main(arguments) == 2
     assert "o.jsonl: exists already" in capsys.readouterr().err
+    arguments = [*arguments, f"--output={tmp_path / 'p.jsonl'}", "--max-new-tokens=128"]
+    assert main(arguments) == 2
+    assert ":1: prompt: " in (error := capsys.readouterr().err) and "at most 0, the" in error
+    assert not list(tmp_path.glob("p.jsonl*"))
 
 
 def test_a_model_of_other_ids_is_refused(tmp_path: Path, sp_tokenizer: Tokenizer) -> None:

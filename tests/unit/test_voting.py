@@ -245,7 +245,7 @@ def test_a_baseline_without_the_undo(
         ("export", "trained with another tokenizer than the data's"),
         ("chat", "chat: another template than the examined model's"),
         ("nothing", "config.json: No such file"),
-        ("temperature", "--vote-temperature must be a number above 0"),
+        ("temperature", "--vote-temperature must be 0.0001 to 10000; at 0 all samples"),
     ],
 )
 def test_a_baseline_that_cannot_be_compared_is_one_line(  # noqa: PLR0917 (fixtures)
