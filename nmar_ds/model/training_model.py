@@ -8,6 +8,7 @@ there (a loss computed outside sees an empty head; huggingface/trl#3368, #5891, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +47,35 @@ class MicroBatchLoss(NamedTuple):
     unlikelihood_sum: Tensor
 
 
+class _WithHead(nn.Module):
+    """Reads a model's head in a module of its own.
+
+    What a module reads of another's parameters ZeRO-3 keeps gathered from then on for as long as
+    that module's forward and backward last. Read by the training model itself, the head would lie
+    whole through all layers, both ways.
+    """
+
+    def forward(
+        self, hidden_NH: Tensor, *, head: Any, use: Callable[[Tensor, Tensor, Any], Any]
+    ) -> Any:
+        """What `use` makes of hidden states, weight [V, H], and bias [V] or None.
+
+        Each is read once and here: under ZeRO-3 that access is the collective that gathers the
+        head, and every rank must do it equally often whatever its targets (huggingface/trl#6696).
+        """
+        return use(hidden_NH, head.weight, getattr(head, "bias", None))
+
+
+class _RowNorms(nn.Module):
+    """Reads embedding and head, in a module of its own for the same reason."""
+
+    def forward(self, *, lm: Any, known_K: Tensor, undo_id: int) -> Tensor:
+        """See `row_norms`."""
+        head, embedding_VH = lm.get_output_embeddings(), lm.get_input_embeddings().weight
+        bias_V = getattr(head, "bias", None)
+        return row_norms(embedding_VH, head.weight, bias_V, known_K=known_K, undo_id=undo_id)
+
+
 class UndoTrainingModel(nn.Module):
     """Wraps a transformers causal language model for packed, role-weighted training.
 
@@ -74,6 +104,8 @@ class UndoTrainingModel(nn.Module):
         lm.config.use_cache = False
         lm.get_decoder().register_forward_pre_hook(refuse_mask, with_kwargs=True)
         self.lm = lm
+        self.with_head = _WithHead()
+        self.row_norms = _RowNorms()
         self.chunk_size = chunk_size
         self.options = options
         self.logit_map = LogitMap.of_config(lm.config)
@@ -124,10 +156,8 @@ class UndoTrainingModel(nn.Module):
         """
         if mode == "row_norms":
             assert known_K is not None
-            head = self.lm.get_output_embeddings()
-            bias_V = getattr(head, "bias", None)
-            embedding_VH = self.lm.get_input_embeddings().weight
-            return row_norms(embedding_VH, head.weight, bias_V, known_K=known_K, undo_id=undo_id)
+            norms: Tensor = self.row_norms(lm=self.lm, known_K=known_K, undo_id=undo_id)
+            return norms
         assert input_ids_BT is not None and position_ids_BT is not None and layout is not None
         if mode == "stock_logits":
             logits_BTV = self.lm(
@@ -143,29 +173,48 @@ class UndoTrainingModel(nn.Module):
                 return _at_least_float(logits_BTV[0])
             return _at_least_float(logits_BTV.flatten(0, 1)[positions_M])
         hidden_NH = self._hidden(input_ids_BT, position_ids_BT, layout)
-        # Read once and here: under ZeRO-3 this access is the collective that gathers the head,
-        # and every rank must do it equally often whatever its targets (huggingface/trl#6696).
-        head = self.lm.get_output_embeddings()
-        weight_VH = head.weight
-        bias_V = getattr(head, "bias", None)
-        if mode in ("logits", "greedy"):
-            logits_MV = F.linear(hidden_NH[positions_M], weight_VH, bias_V)
-            logits_MV = self.logit_map(_at_least_float(logits_MV))
-            return logits_MV if mode == "logits" else _likeliest(logits_MV, known_K)
-        if mode == "nll":
-            assert targets_N is not None and roles_N is not None
-            asked = [targets_N]
-            if undo_id >= 0:
-                asked.append(torch.where(targets_N >= 0, undo_id, targets_N))
-            found = [
-                self._response_nll(hidden_NH, weight_VH, bias_V, each_N, roles_N)
-                for each_N in asked
-            ]
-            return found[0] if undo_id < 0 else torch.stack(found)
-        if mode != "loss":
-            raise ValueError(f"unknown mode {mode!r}")
-        assert targets_N is not None and weights_N is not None and roles_N is not None
 
+        def use_head(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Any:
+            if mode in ("logits", "greedy"):
+                logits_MV = F.linear(hidden_NH[positions_M], weight_VH, bias_V)
+                logits_MV = self.logit_map(_at_least_float(logits_MV))
+                return logits_MV if mode == "logits" else _likeliest(logits_MV, known_K)
+            if mode == "nll":
+                assert targets_N is not None and roles_N is not None
+                asked = [targets_N]
+                if undo_id >= 0:
+                    asked.append(torch.where(targets_N >= 0, undo_id, targets_N))
+                found = [
+                    self._response_nll(hidden_NH, weight_VH, bias_V, each_N, roles_N)
+                    for each_N in asked
+                ]
+                return found[0] if undo_id < 0 else torch.stack(found)
+            if mode != "loss":
+                raise ValueError(f"unknown mode {mode!r}")
+            assert targets_N is not None and weights_N is not None and roles_N is not None
+            return self._loss(
+                hidden_NH, weight_VH, bias_V, targets_N, weights_N, roles_N, rows_M=rows_M,
+                also_untrained=also_untrained,
+            )  # fmt: skip
+
+        found: MicroBatchLoss | Tensor = self.with_head(
+            hidden_NH, head=self.lm.get_output_embeddings(), use=use_head
+        )
+        return found
+
+    def _loss(  # noqa: PLR0917 (the batch)
+        self,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        weights_N: Tensor,
+        roles_N: Tensor,
+        *,
+        rows_M: Tensor | None,
+        also_untrained: bool,
+    ) -> MicroBatchLoss:
+        """The mode "loss" of `forward`, given the head."""
         penalties_N = None
         if self.options.unlikelihood:
             is_deviation_N = roles_N == Role.DEVIATION

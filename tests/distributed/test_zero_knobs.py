@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from cases import save_pretrained_folder
 from pool import RankPool
-from zero_cases import VOCAB, knob_run
+from zero_cases import VOCAB, knob_run, whole_inside_a_layer
+
+from nmar_ds.acceptance.tiny import model_keys
 
 PLAIN = {"param_persistence_threshold": 0}
 
@@ -69,3 +71,12 @@ def test_sub_groups_learn_the_same_bits(four_ranks: RankPool) -> None:
     plain = four_ranks.run(knob_run, zero=PLAIN)
     cut = four_ranks.run(knob_run, zero={**PLAIN, "sub_group_size": 500})
     same(plain, cut)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_embedding_and_head_are_not_gathered_while_layers_run(
+    two_ranks: RankPool, tied: bool
+) -> None:
+    """Of a large model they are as large as layers, and `max_live_parameters` counts them."""
+    for found in two_ranks.run(whole_inside_a_layer, keys=model_keys(tied)):
+        assert found == [{"forward": [False, False], "backward": [False, False]}] * 4

@@ -88,3 +88,36 @@ def step_run(
         for group in optimizer.param_groups:
             group["fused"], group["foreach"] = False, True
     return step_bytes(engine, config, vocab=vocab)
+
+
+def whole_inside_a_layer(*, keys: dict[str, Any]) -> list[dict[str, list[bool]]]:
+    """Whether embedding and head are whole while the second layer runs, micro-batch by micro-batch.
+
+    The norms of the undo row are read before the first and before the third, as at a start and at
+    an evaluation.
+    """
+    from nmar_ds.acceptance.step import undo_row_norms
+
+    config = run_config({"config": keys}, zero={"param_persistence_threshold": 0})
+    engine = small_engine(config, vocab=VOCAB)
+    lm: Any = engine.module.lm
+    watched = [lm.get_input_embeddings().weight, lm.get_output_embeddings().weight]
+    seen: dict[str, list[bool]] = {}
+
+    def note(when: str) -> None:
+        seen[when] = [parameter.ds_status.name != "NOT_AVAILABLE" for parameter in watched]
+
+    def layer_has_run(module: Any, inputs: Any, output: torch.Tensor) -> None:
+        note("forward")
+        if output.requires_grad:
+            output.register_hook(lambda _: note("backward"))
+
+    lm.get_decoder().layers[1].register_forward_hook(layer_has_run)
+    found = []
+    for micro_batch in range(4):
+        if micro_batch in (0, 2):
+            undo_row_norms(engine, VOCAB)
+        train_full_rows(engine, config, vocab=VOCAB, micro_batches=1)
+        found.append(dict(seen))
+        seen.clear()
+    return found
