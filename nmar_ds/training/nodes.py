@@ -214,7 +214,7 @@ def check_same_everywhere(all_facts: list[dict[str, Any]]) -> None:
             if first != other:
                 error = LaunchError(
                     f"{name}: is {first!r} on rank 0 and {other!r} on rank {rank}; expected the "
-                    "same configuration, stores and packages on every node"
+                    "same configuration, stores, packages and GPUs on every node"
                 )
                 error.shared = True
                 raise error

@@ -36,6 +36,7 @@ from nmar_ds.training.engine import (
 )
 from nmar_ds.training.loop import TrainingLoop, forward_arguments
 from nmar_ds.training.monitor import Monitor
+from nmar_ds.training.nodes import check_same_everywhere
 from nmar_ds.training.partitions import SavedPartitions
 from nmar_ds.training.planning import RunPlan
 from nmar_ds.training.ranks import Ranks
@@ -43,6 +44,22 @@ from nmar_ds.training.saving import BackgroundSaver, BlockingSaver, Saver, Shelf
 from nmar_ds.training.stopping import (
     StopSignal,
 )
+
+
+def check_ranks_agree(config: RunConfig, plan: RunPlan, peers: ProcessPeers) -> None:
+    """Refuse a world whose ranks would not compute the same. Collective.
+
+    The kernel is asked for here, before anything collective is built: a node that has not the one
+    that is named must end all ranks, and `auto` may find another one on each node.
+
+    Raises:
+        ConfigError: `model.attention` asks for a kernel that cannot run on every rank.
+        LaunchError: the ranks' data, settings, packages or kernels differ.
+    """
+    with peers.share_errors():
+        backend = attention_backend(config)
+    facts = {**plan.facts, **library_versions(), "kernel of model.attention": backend}
+    check_same_everywhere(peers.gather(facts))
 
 
 def build_engine(

@@ -30,12 +30,12 @@ from nmar_ds.training.engine import (
     start_process_group,
 )
 from nmar_ds.training.monitor import Monitor
-from nmar_ds.training.nodes import check_same_everywhere, check_shared_folder
+from nmar_ds.training.nodes import check_shared_folder
 from nmar_ds.training.parts import (
     build_engine,
+    check_ranks_agree,
     check_start,
     introduce,
-    library_versions,
     load_resliced,
     loader_of,
     make_loop,
@@ -116,7 +116,7 @@ def _run(
 ) -> bool:
     peers = ProcessPeers()
     output = Path(config.output)
-    check_same_everywhere(peers.gather({**plan.facts, **library_versions()}))
+    check_ranks_agree(config, plan, peers)
     if ranks.world_size > ranks.local_world_size:
         check_shared_folder(output, peers)
     _take_folder(lock, peers)

@@ -373,3 +373,30 @@ def heldout_figures(*, measuring: bool, num_steps: int = 3) -> dict[str, Any]:
         "forced": [len(exercise.forced_ids) for exercise in chosen],
         "weights": {n: v.float().numpy() for n, v in engine.full_weights().items()},
     }
+
+
+def kernels_of_nodes(*, kernel: str | None, on_rank: int) -> tuple[str, str, bool] | None:
+    """What ranks say of which one finds another kernel behind attention, or none. Collective."""
+    from types import SimpleNamespace
+
+    import torch.distributed as dist
+
+    from nmar_ds.errors import ConfigError, NmarError
+    from nmar_ds.training import parts
+    from nmar_ds.training.engine import ProcessPeers
+
+    def found(config: Any) -> str:
+        if dist.get_rank() != on_rank:
+            return "segments"
+        if kernel is None:
+            raise ConfigError("model.attention: this node has no such kernel")
+        return kernel
+
+    config, _ = settings(2, global_rows=4, persistence=0, learning_rate=0.05)
+    plan: Any = SimpleNamespace(facts={"seed": 1})
+    with mock.patch.object(parts, "attention_backend", found):
+        try:
+            parts.check_ranks_agree(config, plan, ProcessPeers())
+        except NmarError as error:
+            return type(error).__name__, str(error), error.shared
+    return None

@@ -161,3 +161,19 @@ def test_heldout_figures_and_decodes_are_those_of_one_rank(
     untouched, _ = two_ranks.run(cases.heldout_figures, measuring=False)
     for name, value in untouched["weights"].items():
         np.testing.assert_array_equal(first["weights"][name], value, err_msg=name)
+
+
+@pytest.mark.parametrize("on_rank", [0, 1])
+def test_a_node_without_the_kernel_ends_all_ranks(two_ranks: RankPool, on_rank: int) -> None:
+    """Found while the engine is built, the others would wait in its first collective."""
+    for error in two_ranks.run(cases.kernels_of_nodes, kernel=None, on_rank=on_rank):
+        assert error == ("ConfigError", "model.attention: this node has no such kernel", True)
+
+
+def test_nodes_whose_auto_finds_another_kernel_are_refused(two_ranks: RankPool) -> None:
+    assert two_ranks.run(cases.kernels_of_nodes, kernel="segments", on_rank=1) == [None, None]
+    for kind, message, shared in two_ranks.run(cases.kernels_of_nodes, kernel="masked", on_rank=1):
+        assert kind == "LaunchError" and shared
+        assert (
+            "kernel of model.attention: is 'segments' on rank 0 and 'masked' on rank 1" in message
+        )
