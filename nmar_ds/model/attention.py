@@ -50,15 +50,25 @@ _HARMLESS_KWARGS = frozenset(
     {"position_ids", "position_embeddings", "use_cache", "cache_position", "layer_idx"}
     | {"output_hidden_states", "return_dict"}
 )
+# Under layerdrop ranks would skip different layers, and with them ZeRO-3's collectives.
 _DROPOUTS = (
     "attention_dropout",
+    "attention_probs_dropout_prob",
     "attn_pdrop",
     "resid_pdrop",
-    "embd_pdrop",
-    "hidden_dropout",
+    "resid_dropout",
     "residual_dropout",
+    "embd_pdrop",
+    "emb_pdrop",
+    "embed_dropout",
     "embedding_dropout",
+    "hidden_dropout",
+    "hidden_dropout_prob",
+    "activation_dropout",
     "dropout",
+    "layerdrop",
+    "router_jitter_noise",
+    "input_jitter_noise",
 )
 
 
@@ -192,6 +202,12 @@ def check_supported(config: Any) -> None:
     for name in _DROPOUTS:
         if getattr(config, name, None):
             raise ConfigError(f"model.{name}: {getattr(config, name)}, expected 0.0")
+    if getattr(config, "output_router_logits", None):
+        raise ConfigError(
+            f"model.output_router_logits: {config.output_router_logits}, expected false: a mixture "
+            "of experts' balancing loss is not part of the loss trained here; set it to false in "
+            "the model's configuration to train without that loss"
+        )
     if getattr(config, "attn_logit_softcapping", None) is not None:
         raise ConfigError(
             f"model.attn_logit_softcapping: {config.attn_logit_softcapping}, expected none: "

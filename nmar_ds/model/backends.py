@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _triton
 
 from nmar_ds.errors import ConfigError
 from nmar_ds.model.segments import SegmentLayout
@@ -68,9 +70,17 @@ def _missing(name: str, dtype: torch.dtype) -> str | None:
         return "model.dtype bfloat16"
     if name == "fa_varlen" and importlib.util.find_spec("flash_attn") is None:
         return "the package flash_attn"
-    if name == "torch_varlen" and torch.cuda.is_available():
-        if torch.cuda.get_device_capability() < (8, 0):
+    if name == "torch_varlen":
+        from torch.nn.attention import varlen
+
+        wanted = ("scale", "window_size", "enable_gqa")
+        lacking = [w for w in wanted if w not in inspect.signature(varlen.varlen_attn).parameters]
+        if lacking:
+            return f"a newer torch, whose varlen_attn takes {', '.join(lacking)}"
+        if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
             return "a GPU of compute capability 8.0 or newer"
+    if name == "flex" and not _triton.has_triton():
+        return "Triton and a GPU that it compiles for"
     return None
 
 

@@ -155,6 +155,7 @@ def test_what_gpu_kernels_are_told(backend, window, monkeypatch):
 
 
 def test_the_backend_is_chosen_by_hardware(monkeypatch):
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert choose("auto", cpu, torch.bfloat16) == "segments"
     assert choose("masked", cpu, torch.float32) == "masked"
@@ -173,6 +174,27 @@ def test_the_backend_is_chosen_by_hardware(monkeypatch):
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (7, 5))
     assert choose("auto", gpu, torch.bfloat16) == "flex"
     with pytest.raises(ConfigError, match="a GPU of compute capability 8"):
+        choose("torch_varlen", gpu, torch.bfloat16)
+
+
+def test_without_triton_auto_takes_the_mask(monkeypatch):
+    """Compiling would end the first forward."""
+    gpu = torch.device("cuda")
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
+    assert choose("auto", gpu, torch.float32) == "masked"
+    with pytest.raises(ConfigError, match="'flex' needs Triton and a GPU that it compiles for"):
+        choose("flex", gpu, torch.float32)
+
+
+@pytest.mark.parametrize("lacking", ["scale", "window_size", "enable_gqa"])
+def test_an_older_torch_whose_varlen_kernel_takes_less_is_passed_over(lacking, monkeypatch):
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    gpu, names = torch.device("cuda"), {"scale", "window_size", "enable_gqa"} - {lacking}
+    scope: dict = {}
+    exec(f"def varlen_attn(query, *, {', '.join(sorted(names))}): ...", scope)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", scope["varlen_attn"])
+    assert choose("auto", gpu, torch.bfloat16) == "flex"
+    with pytest.raises(ConfigError, match=f"newer torch, whose varlen_attn takes {lacking}"):
         choose("torch_varlen", gpu, torch.bfloat16)
 
 
@@ -348,6 +370,10 @@ def test_sliding_windows_are_those_of_the_model(backend, window):
         (transformers.Gemma2Config(), "attn_logit_softcapping: 50.0"),
         (transformers.LlamaConfig(attention_dropout=0.1), "attention_dropout: 0.1"),
         (transformers.PhiConfig(resid_pdrop=0.2), "resid_pdrop: 0.2"),
+        (
+            transformers.MixtralConfig(output_router_logits=True),
+            "output_router_logits: True.*false",
+        ),
         (transformers.T5Config(), "not a causal decoder"),
         (transformers.LlamaConfig(is_causal=False), "not a causal decoder"),
         (
@@ -358,6 +384,34 @@ def test_sliding_windows_are_those_of_the_model(backend, window):
 )
 def test_unsupported_architectures_are_refused_by_name(config, name):
     with pytest.raises(ConfigError, match=name):
+        check_supported(config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("GPTNeo", "embed_dropout"),
+        ("GPTNeo", "resid_dropout"),
+        ("BioGpt", "hidden_dropout_prob"),
+        ("BioGpt", "attention_probs_dropout_prob"),
+        ("BioGpt", "activation_dropout"),
+        ("OPT", "dropout"),
+        ("OPT", "layerdrop"),
+        ("Mpt", "emb_pdrop"),
+        ("Mixtral", "router_jitter_noise"),
+        ("Phimoe", "input_jitter_noise"),
+    ],
+)
+def test_randomness_is_refused_by_name(kind, name):
+    """A layer skipped on one rank alone would leave the others waiting for its collectives."""
+    config = getattr(transformers, f"{kind}Config")()
+    dropouts = [key for key in config.to_dict() if "drop" in key or "noise" in key]
+    assert name in dropouts
+    for key in dropouts:
+        setattr(config, key, 0.0)
+    check_supported(config)
+    setattr(config, name, 0.1)
+    with pytest.raises(ConfigError, match=rf"model.{name}: 0.1, expected 0.0"):
         check_supported(config)
 
 
