@@ -52,8 +52,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="ban the undo once the response came back to what it had undone more often",
     )  # fmt: skip
     parser.add_argument(
-        "--tabu", action="store_true", help="never write at the same place what was taken back"
-    )
+        "--tabu", action="store_true",
+        help="never repeat what was taken back: not the token right after which an undo came",
+    )  # fmt: skip
     parser.add_argument(
         "--stream", action="store_true",
         help="show the response as it comes: on a terminal in place, elsewhere as JSON lines",

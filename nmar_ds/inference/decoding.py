@@ -153,8 +153,9 @@ def decode(
         batch_size: sequences decoded side by side.
         banned_ids: never emitted; `rows_of_no_token` belong here.
         numbers: with the seed they fix the draws of each sequence; by default its index.
-        tabu: a token that was taken back is not written at the same place again, after just the
-            same content; otherwise a model may repeat the error it has undone.
+        tabu: a token right after which an undo came is not written at the same place again, after
+            just the same content; otherwise a model may repeat the error it has undone. Right
+            tokens that `span` and `reset` take along with an error may come again.
         max_revisits: how often writing may lead back to a content that an undo had left; after
             one more `<UNDO>` is banned for that sequence, which ends any loop.
         on_event: called with the index of a prompt and what happened to its response, token by

@@ -47,7 +47,7 @@ class Stack:
         self._path = [0]  # node of every height
         self._children: dict[tuple[int, int], int] = {}
         self._left: set[int] = set()  # nodes at which an undo struck
-        self._popped: dict[int, set[int]] = {}  # node -> tokens that were taken back from it
+        self._popped: dict[int, set[int]] = {}  # node -> tokens an undo struck right after it
         for token in ids:
             self.write(token)
 
@@ -63,7 +63,9 @@ class Stack:
         height = self._height_after_undo()
         taken = tuple(self.ids[height:])
         if taken:
-            self._popped.setdefault(self._path[height], set()).add(taken[0])
+            # Not the first that is taken: under `span` and `reset` right tokens go along with the
+            # error, and the correction begins with them (SPEC 2).
+            self._popped.setdefault(self._path[-2], set()).add(taken[-1])
         del self.ids[height:], self._path[height + 1 :]
         return Retract(taken)
 
@@ -78,7 +80,7 @@ class Stack:
 
     @property
     def taken_back(self) -> frozenset[int]:
-        """Tokens that stood right here, after just this content, and were taken back."""
+        """Tokens that stood right here, after just this content, when an undo struck them."""
         return frozenset(self._popped.get(self._path[-1], ()))
 
     def copy(self) -> Stack:

@@ -395,9 +395,22 @@ def test_tabu_keeps_what_was_taken_back_from_coming_again() -> None:
     assert decoded.reduced_ids.tolist() == [9, 10, EOS]
 
 
-def test_tabu_under_reset_holds_for_the_first_token() -> None:
-    decoded = play([10, 11, UNDO, 10, 11, EOS], machine=Machine(UNDO, "reset"), tabu=True)
-    assert decoded.reduced_ids.tolist() == [9, 11, EOS]
+@pytest.mark.parametrize("begin", [[], [5, 14]], ids=["at base", "after a boundary"])
+@pytest.mark.parametrize("machine", SEMANTICS[1:], ids=["span", "reset"])
+def test_tabu_lets_a_correction_repeat_the_right_tokens_taken_along(
+    begin: list[int], machine: Machine
+) -> None:
+    """10 was right, and has to be written again (SPEC 2); the 12 after it was wrong."""
+    rest = [*begin, 10] if machine.semantics == "reset" else [10]
+    right = play([*begin, 10, 12, UNDO, *rest, 13, EOS], machine=machine, tabu=True)
+    assert right.reduced_ids.tolist() == [*begin, 10, 13, EOS]
+    # What was taken back does not come again as a whole; without the guard it does.
+    script = [*begin, 10, 12, UNDO, *rest, 12, EOS]
+    assert play(script, machine=machine).reduced_ids.tolist() == [*begin, 10, 12, EOS]
+    again = play(script, machine=machine, tabu=True)
+    assert again.reduced_ids.tolist() == [*begin, 10, 9, EOS]
+    late = play([*begin, 10, 12, 13, UNDO, *rest, 12, 13, EOS], machine=machine, tabu=True)
+    assert late.reduced_ids.tolist() == [*begin, 10, 12, 9, EOS]
 
 
 def test_tabu_knows_the_beginning_that_was_given() -> None:
