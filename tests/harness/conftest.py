@@ -14,6 +14,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
 
+from examined_fixtures import export, tokenizer
+
+__all__ = ["export", "tokenizer"]  # fixtures of the tests here
+
 
 @pytest.fixture(scope="session", autouse=True)
 def nothing_from_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:

@@ -38,16 +38,6 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return examined.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def export(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
-    return examined.make_export(tmp_path_factory.mktemp("export"), tokenizer)
-
-
-@pytest.fixture(scope="module")
 def generate_launcher() -> Any:
     return runpy.run_path(str(ROOT / "launcher/generate.py"))["main"]
 

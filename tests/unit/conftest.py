@@ -7,9 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from examined_fixtures import export, tokenizer
 from tiny_tokenizers import corpus, write_bpe
 
 from nmar_ds.traces.encoding import Tokenizer, add_undo, train_sentencepiece
+
+__all__ = ["export", "tokenizer"]  # fixtures of the tests here
 
 
 @pytest.fixture(scope="session")

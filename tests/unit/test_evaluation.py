@@ -44,11 +44,6 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return examined.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
 def heldout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return examined.write(tmp_path_factory.mktemp("data") / "h.jsonl", examined.records(40, seed=9))
 

@@ -25,11 +25,6 @@ from nmar_ds.traces.encoding import Tokenizer
 LAUNCHERS = Path(__file__).parents[2] / "launcher"
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return examined.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
 @pytest.mark.parametrize(
     ("launcher", "needed"),
     [

@@ -37,16 +37,6 @@ LAUNCHER = Path(__file__).parents[2] / "launcher" / "generate.py"
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return examined.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def export(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
-    return examined.make_export(tmp_path_factory.mktemp("export"), tokenizer)
-
-
 def test_read_settings_returns_the_facts(export: Path, tokenizer: Tokenizer) -> None:
     settings = read_settings(export)
     assert settings == ExportSettings(

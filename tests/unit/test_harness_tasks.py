@@ -10,7 +10,6 @@ import runpy
 import sys
 from pathlib import Path
 
-import examined
 import numpy as np
 import pytest
 import torch
@@ -23,16 +22,6 @@ from nmar_ds.traces.encoding import Tokenizer
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "harness"
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return examined.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def export(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
-    return examined.make_export(tmp_path_factory.mktemp("export"), tokenizer)
 
 
 def test_the_data_are_what_their_script_makes(tmp_path: Path) -> None:

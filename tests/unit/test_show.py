@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import examined
 import numpy as np
 import pytest
 from rich.text import Text
@@ -35,11 +34,6 @@ def trace(tokenizer: Tokenizer, line: int, prompt: str, reference: str, wrong: s
         deviations=(Deviation(1, cut, 0),) if wrong else (),
     )
     return assemble([turn], machine=Machine(tokenizer.undo_id), line=line, source=0)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return examined.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")

@@ -29,11 +29,6 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return examined.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
     place = tmp_path_factory.mktemp("store")
     records = examined.write(place / "h.jsonl", examined.records(12, seed=4))
