@@ -34,7 +34,7 @@ from nmar_ds.files import about
 from nmar_ds.training.cpu_step import flatten_in_place, keep_freed_memory, take_norms_in_blocks
 from nmar_ds.training.nodes import choose_interface, meet
 from nmar_ds.training.plain_data import not_plain_data
-from nmar_ds.training.ranks import Ranks, threads_per_rank
+from nmar_ds.training.ranks import Ranks, own_cpus, threads_per_rank
 from nmar_ds.training.snapshot import HostMemory, Snapshot, write_file
 
 if TYPE_CHECKING:
@@ -79,7 +79,6 @@ def start_process_group(
         LaunchError: the ranks do not find each other, or not as the launcher announced them.
     """
     deepspeed_logger.setLevel(logging.WARNING)
-    torch.set_num_threads(threads_per_rank(ranks))
     if torch.cuda.is_available():
         if ranks.local_rank >= torch.cuda.device_count():
             raise LaunchError(
@@ -97,7 +96,8 @@ def start_process_group(
         # Compiled with g++ at every first start, and serves inference only. The whole table is put
         # in its place: reading it makes DeepSpeed probe every extension, with compilers.
         vars(deepspeed.ops)["__compatible_ops__"] = {"deepspeed_shm_comm": False}
-    store = meet(ranks, os.environ, timeout_seconds=timeout_seconds)
+    meeting = meet(ranks, os.environ, timeout_seconds=timeout_seconds)
+    torch.set_num_threads(threads_per_rank(own_cpus(), meeting.cpus_of_others))
     try:
         deepspeed.init_distributed(
             dist_backend=backend,
@@ -111,7 +111,7 @@ def start_process_group(
             "set GLOO_SOCKET_IFNAME (CPU) or NCCL_SOCKET_IFNAME (GPU) to the network interface "
             "that joins the nodes"
         ) from None
-    del store  # the process group holds its own
+    del meeting  # the process group holds its own
     formed = torch.distributed.get_world_size()
     if formed != ranks.world_size or torch.distributed.get_rank() != ranks.rank:
         raise LaunchError(f"{formed} ranks met, expected {ranks.world_size}")

@@ -15,14 +15,14 @@ import socket
 import time
 from collections.abc import MutableMapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
 from torch.distributed.distributed_c10d import PrefixStore
 
 from nmar_ds.errors import ConfigError, LaunchError
-from nmar_ds.training.ranks import Ranks
+from nmar_ds.training.ranks import Ranks, own_cpus
 
 POLL_SECONDS = 0.1
 # How long the host of the meeting place stays to let its peers read why it goes.
@@ -83,16 +83,26 @@ def _address_towards(host: str, port: int) -> str:
         ) from None
 
 
-def meet(ranks: Ranks, environ: MutableMapping[str, str], *, timeout_seconds: int) -> Any:
+class Meeting(NamedTuple):
+    """What `meet` found.
+
+    Attributes:
+        store: where the ranks met. Keep it until the process group is made, which meets there
+            again.
+        cpus_of_others: the CPUs that each other rank of this machine may run on.
+    """
+
+    store: Any
+    cpus_of_others: list[frozenset[int]]
+
+
+def meet(ranks: Ranks, environ: MutableMapping[str, str], *, timeout_seconds: int) -> Meeting:
     """Wait until every rank of the world has come to MASTER_ADDR:MASTER_PORT.
 
     Args:
         ranks: from `discover_ranks`.
         environ: complete; see `complete_environment`.
         timeout_seconds: longest wait for the others.
-
-    Returns:
-        The store they met at. Keep it until the process group is made, which meets there again.
 
     Raises:
         LaunchError: nobody answers there, ranks are missing, two claim one rank, or they were
@@ -119,6 +129,7 @@ def meet(ranks: Ranks, environ: MutableMapping[str, str], *, timeout_seconds: in
     try:
         _sign(book, ranks, place)
         _wait_for_all(book, ranks, place, deadline, timeout_seconds)
+        return Meeting(store, _cpus_of_others(book, ranks))
     except RuntimeError:
         gone = LaunchError(f"the ranks' meeting place at {place} went away; {CHECKS}")
         gone.shared = True
@@ -127,7 +138,6 @@ def meet(ranks: Ranks, environ: MutableMapping[str, str], *, timeout_seconds: in
         if is_host:
             time.sleep(LINGER_SECONDS)
         raise
-    return store
 
 
 def _no_place(place: str, is_host: bool, seconds: int, error: RuntimeError) -> LaunchError:
@@ -154,7 +164,15 @@ def _sign(book: Any, ranks: Ranks, place: str) -> None:
             f"two processes at {place} are rank {ranks.rank}, one of them on {mine['host']}; "
             "expected another --node_rank on every node",
         )
+    book.set(f"cpus/{mine['host']}/{ranks.local_rank}", json.dumps(sorted(own_cpus())))
     book.set(f"rank/{ranks.rank}", json.dumps(mine))
+
+
+def _cpus_of_others(book: Any, ranks: Ranks) -> list[frozenset[int]]:
+    """After all have signed. Where LOCAL_WORLD_SIZE counts ranks of other machines, those here."""
+    places = [f"cpus/{socket.gethostname()}/{local}" for local in range(ranks.local_world_size)]
+    del places[ranks.local_rank]
+    return [frozenset(json.loads(book.get(place))) for place in places if book.check([place])]
 
 
 def _wait_for_all(book: Any, ranks: Ranks, place: str, deadline: float, seconds: int) -> None:

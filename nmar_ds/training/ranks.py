@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 
 from nmar_ds.errors import LaunchError
@@ -113,10 +113,26 @@ def complete_environment(environ: MutableMapping[str, str], ranks: Ranks) -> Non
     environ["LOCAL_SIZE"] = str(ranks.local_world_size)
 
 
-def threads_per_rank(ranks: Ranks) -> int:
-    """CPU threads for this rank: its share of the cores, unless OMP_NUM_THREADS says otherwise."""
+def own_cpus() -> frozenset[int]:
+    """The CPUs that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return frozenset(os.sched_getaffinity(0))
+    return frozenset(range(os.cpu_count() or 1))
+
+
+def threads_per_rank(own: frozenset[int], others: Sequence[frozenset[int]]) -> int:
+    """CPU threads for this rank: its share of the CPUs, unless OMP_NUM_THREADS says otherwise.
+
+    A CPU is divided among the ranks that may run on it and no others. `deepspeed` and `torchrun`
+    let all ranks of a machine run everywhere; `srun` binds each to CPUs of its own, which are then
+    not divided once more; `mpirun` binds few ranks to a core and more to a socket they share.
+
+    Args:
+        own: the CPUs this rank may run on.
+        others: those of each other rank of this machine.
+    """
     set_by_user = os.environ.get("OMP_NUM_THREADS", "")
     if set_by_user.isdecimal() and int(set_by_user) > 0:
         return int(set_by_user)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (cores or 1) // ranks.local_world_size)
+    share = sum(1 / (1 + sum(cpu in other for other in others)) for cpu in own)
+    return max(1, int(share + 1e-6))

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from nmar_ds.errors import ConfigError, LaunchError
+from nmar_ds.training import nodes
 from nmar_ds.training.nodes import (
     check_same_everywhere,
     check_shared_folder,
@@ -67,7 +68,27 @@ def said_by(results: list[Any], words: str) -> None:
 
 
 def test_all_ranks_meet() -> None:
-    assert all(hasattr(result, "get") for result in gather(*(ranks(rank, 3) for rank in range(3))))
+    for meeting in gather(*(ranks(rank, 3) for rank in range(3))):
+        assert hasattr(meeting.store, "get") and meeting.cpus_of_others == []
+
+
+def test_ranks_of_one_machine_learn_of_each_other_s_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks of this machine and one of another; each rank's thread has CPUs of its own."""
+    here, plain = threading.local(), meet
+    monkeypatch.setattr(nodes.socket, "gethostname", lambda: f"node{here.rank // 2}")
+
+    def meet_as(one: Ranks, *arguments: Any, **more: Any) -> Any:
+        here.rank = one.rank
+        return plain(one, *arguments, **more)
+
+    monkeypatch.setitem(globals(), "meet", meet_as)
+    monkeypatch.setattr(nodes, "own_cpus", lambda: frozenset({here.rank, 8}))
+    world = [
+        Ranks(rank=rank, local_rank=rank % 2, world_size=3, local_world_size=local)
+        for rank, local in enumerate((2, 2, 3))  # the last was not told its machine's number
+    ]
+    found = [meeting.cpus_of_others for meeting in gather(*world)]
+    assert found == [[{1, 8}], [{0, 8}], []]
 
 
 def test_two_nodes_with_one_rank_are_told_at_once() -> None:

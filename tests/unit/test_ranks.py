@@ -12,6 +12,7 @@ from nmar_ds.training.ranks import (
     Ranks,
     complete_environment,
     discover_ranks,
+    own_cpus,
     threads_per_rank,
 )
 
@@ -137,6 +138,10 @@ def test_a_launched_process_keeps_its_meeting_place() -> None:
     assert environ["THP_MEM_ALLOC_ENABLE"] == "0"
 
 
+def cpus(*ranges: tuple[int, int]) -> list[frozenset[int]]:
+    return [frozenset(range(first, end)) for first, end in ranges]
+
+
 def test_threads_are_shared_out_unless_the_user_chose(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)), raising=False)
     for chosen, sizes in [
@@ -146,5 +151,29 @@ def test_threads_are_shared_out_unless_the_user_chose(monkeypatch: pytest.Monkey
         ("3", (3,) * 4),
     ]:
         monkeypatch.setenv("OMP_NUM_THREADS", chosen)
-        got = tuple(threads_per_rank(ranks(0, 0, 64, local)) for local in (1, 2, 3, 64))
+        got = tuple(
+            threads_per_rank(own_cpus(), [own_cpus()] * (local - 1)) for local in (1, 2, 3, 64)
+        )
         assert got == sizes
+
+
+@pytest.mark.parametrize(
+    ("masks", "threads"),
+    [
+        (cpus((0, 32)) * 4, [8, 8, 8, 8]),  # deepspeed, torchrun, srun --cpu-bind=none
+        (cpus((0, 8), (8, 16), (16, 24), (24, 32)), [8, 8, 8, 8]),  # srun --cpus-per-task=8
+        (cpus((0, 1), (1, 2)), [1, 1]),  # mpirun's two ranks, each on a core
+        (cpus((0, 16), (0, 16), (16, 32), (16, 32)), [8, 8, 8, 8]),  # mpirun, by socket
+        (cpus((0, 16), (0, 16), (16, 32)), [8, 8, 16]),
+        (cpus((0, 8), (4, 12)), [6, 6]),
+        (cpus((0, 1)) * 3, [1, 1, 1]),
+    ],
+)
+def test_a_cpu_is_shared_by_the_ranks_that_may_run_on_it(
+    masks: list[frozenset[int]], threads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    got = [
+        threads_per_rank(own, masks[:rank] + masks[rank + 1 :]) for rank, own in enumerate(masks)
+    ]
+    assert got == threads
