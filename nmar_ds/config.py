@@ -156,7 +156,9 @@ class ObjectiveSection(Section):
     preset: Literal["msft", "sft", "custom"] = "msft"
     """`msft` does not train the deviations, `sft` does, `custom` takes `weights`."""
     weights: dict[str, float] | None = None
-    """Weights by role name, for `custom` only; `prompt` may be left out and weighs 0 then."""
+    """Weights by role name, for `custom` only; `prompt` may be left out and weighs 0 then. Under
+    `model.dtype: bfloat16` the gradients take each rounded to bfloat16 (0.3 as 0.30078), the loss
+    and its denominator as it is; sums of few powers of two, such as 0.25 and 0.75, are exact."""
     denominator: Literal["common", "trained", "traces", "sum"] = "common"
     """What the sum of losses is divided by, over the whole global batch (SPEC section 3)."""
     nll_clip: Annotated[float, Field(gt=0)] | None = None

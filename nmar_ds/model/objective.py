@@ -209,7 +209,11 @@ class _HeadGrads:
     def add(
         self, rows: slice, grad_CV: Tensor, hidden_CH: Tensor, weight_VH: Tensor, pulls_C1: Tensor
     ) -> None:
-        """Add one chunk; `grad_CV` times `pulls_C1` is the gradient of its logits."""
+        """Add one chunk; `grad_CV` times `pulls_C1` is the gradient of its logits.
+
+        Weights (and a model's logit factor) are rounded to the head's dtype here: to apply them
+        before the gradient is, would cost a pass over C x V, on a device for exact ones too.
+        """
         pulls_C1 = pulls_C1.to(grad_CV.dtype)
         if self.bias_V is not None:
             self.bias_V += (grad_CV.t() @ pulls_C1)[:, 0]

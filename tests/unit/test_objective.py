@@ -146,6 +146,19 @@ def test_bfloat16_sums_in_float32():
         assert float((a - b).float().norm() / b.float().norm()) < 1e-2
 
 
+def test_under_bfloat16_gradients_take_the_weight_rounded_and_the_loss_as_it_is():
+    """As `objective.weights` says in docs/configuration.md."""
+    *inputs, _ = _problem(12, torch.bfloat16)
+    found = {}
+    for weight in (0.3, 0.30078125, 0.25):
+        loss, *_ = weighted_cross_entropy(*inputs, torch.full((12,), weight))
+        found[weight] = loss.detach(), torch.autograd.grad(loss, inputs[:3])
+    (given, of_given), (rounded, of_rounded) = found[0.3], found[0.30078125]
+    assert float(rounded / given) == pytest.approx(0.30078125 / 0.3, rel=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(of_given, of_rounded, strict=True))
+    assert not torch.equal(of_given[1], found[0.25][1][1])
+
+
 def test_zero_weight_rows_give_exactly_nothing():
     hidden, weight, bias, targets, weights = _problem(12, torch.float32, zero_rows=0.5)
     dead = weights == 0
