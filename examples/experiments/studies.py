@@ -24,6 +24,8 @@ STEPS_PHRASES = [
     "\n", ": ", ". ", " = ", " + ", *(str(number) for number in range(10, MODULUS)),
     *(f"{place} {thing}" for place in arithmetic.PLACES for thing in arithmetic.THINGS),
 ]  # fmt: skip
+LONG_RATE = 0.5
+SHORT_STEPS = 850  # of a base: as many problems as 1,500 steps at a retry rate of 0.5 have
 NUM_HELDOUT = 400
 NUM_SOURCES = 5000  # records that traces are made of
 # On top of the base: the same number of steps and the same schedule for every objective.
@@ -228,6 +230,9 @@ def retry_cell(builder: str, rate: float, objective: str, seed: int) -> Cell:
             f"tokenizer.train.phrases={json.dumps(STEPS_PHRASES)}",
             f"data.traces.builder={builder}",
             *((f"data.traces.retry_rate={rate}", "data.traces.clean_share=0.0") if rate else ()),
+            *((f"training.steps={SHORT_STEPS}",) if objective == "short" else ()),
+            # Retries of retries: 1 or 2 in 1,000 traces do not fit into a row, at lower rates none.
+            *(("data.overlong=drop",) if rate >= LONG_RATE else ()),
             f"objective.preset={objective if rate else 'sft'}",
             f'data.heldout=["{STEPS_HELDOUT}"]',
         ),
@@ -254,15 +259,17 @@ def retry() -> Study:
             "and again after each: one that depends on a step not taken yet (retry), or any later "
             "one (weak_retry). The base is r = 0. All have the same number of steps of about 1,024 "
             "tokens; errors and undos take their part of these, so that arms with more retries see "
-            "fewer problems. SFT and mSFT of a seed, rate and kind see the same batches. Undone, "
-            "exact-k and corrected are about hard errors for every model; log p(e|p), P(undo) "
-            "first and count right are about held-out errors of the arm's own kind, so between "
-            "retry and weak_retry they compare errors as well as models."
+            "fewer problems: at 0.5, about as many as a base of 850 steps, `short`. SFT and "
+            "mSFT of a seed, rate and kind see the same batches. Undone, exact-k and corrected are "
+            "about hard errors for every model; log p(e|p), P(undo) first and count right are "
+            "about held-out errors of the arm's own kind, so between retry and weak_retry they "
+            "compare errors as well as models."
         ),
         cells=(
             *(retry_cell("retry", 0.0, "base", seed) for seed in SEEDS),
             *(retry_cell(builder, rate, objective, seed) for seed in SEEDS
               for builder, rate in arms for objective in ("sft", "msft")),
+            *(retry_cell("retry", 0.0, "short", seed) for seed in SEEDS),
         ),
         base=("none", "base"),
         differences=(
@@ -270,6 +277,8 @@ def retry() -> Study:
             *(((name, objective), ("none", "base")) for name in names
               for objective in ("sft", "msft")),
             *((("weak_retry 0.5", objective), ("retry 0.5", objective))
+              for objective in ("sft", "msft")),
+            *(((name, objective), ("none", "short")) for name in names if name != "retry 0.1"
               for objective in ("sft", "msft")),
         ),
     )  # fmt: skip
