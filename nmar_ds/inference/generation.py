@@ -97,9 +97,17 @@ def generate(
         stream: gives whoever shows the response as it comes, such as `streaming.shown`.
         banned_ids: never emitted; neither are the model's rows beyond the tokenizer.
         **rules: as `decoding.decode` takes them, `max_new_tokens` among them.
+
+    Raises:
+        ConfigError: as `encode_prompt`, and as `decoding.decode`.
+        VocabularyError: likewise, or the tokenizer cannot give `begun` back.
     """
     prompt_ids = encode_prompt(prompt, tokenizer, chat)
-    begun_ids = tokenizer.encode_exactly(begun, continuation=len(prompt_ids) > 0)
+    try:
+        # As a response in training: after an empty prompt it starts the text, BOS or not.
+        begun_ids = tokenizer.encode_exactly(begun, continuation=bool(prompt))
+    except VocabularyError as error:
+        raise VocabularyError(f"begun: {error}") from None
     follows = TextStream(tokenizer, prompt_ids, settings.machine, begun_ids)
     with contextlib.nullcontext() if stream is None else stream(follows) as on_event:
         decoded = decode(

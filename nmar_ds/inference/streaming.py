@@ -62,10 +62,17 @@ class TextStream:
         """Carry out an event."""
         is_undo = isinstance(event, Retract)
         self._stack.write(self._undo_id if isinstance(event, Retract) else event.token)
-        spelled = self._spelled()
-        shared = common_length(self.text, spelled)
-        change = Change(len(self.text) - shared, spelled[shared:], is_undo)
-        self.text = spelled
+        return self._become(self._spelled(), is_undo)
+
+    def finish(self) -> Change:
+        """Give up waiting: what stayed unfinished is text now, as in the finished response."""
+        text = self._tokenizer.decode(self._stack.ids, continuation=self._follows)
+        return self._become(text, is_undo=False)
+
+    def _become(self, text: str, is_undo: bool) -> Change:
+        shared = common_length(self.text, text)
+        change = Change(len(self.text) - shared, text[shared:], is_undo)
+        self.text = text
         return change
 
     def _spelled(self) -> str:
@@ -81,7 +88,8 @@ def shown(stream: TextStream, *, delay: float, file: IO[str] | None = None) -> I
     """Show a response as it comes: on a terminal in place, elsewhere as JSON lines.
 
     On a terminal what is taken back stays for a moment, red and struck through. A line elsewhere
-    has `append`, `retract` (characters) or both.
+    has `append`, `retract` (characters) or both; all lines together add up to the response, its
+    given beginning first.
 
     Args:
         stream: of one response.
@@ -94,7 +102,9 @@ def shown(stream: TextStream, *, delay: float, file: IO[str] | None = None) -> I
     file = file or sys.stdout
     console = Console(file=file)
     if not console.is_terminal:
+        _as_json(Change(0, stream.text, is_undo=False), console.file)
         yield lambda _, event: _as_json(stream.take(event), console.file)
+        _as_json(stream.finish(), console.file)
         return
     with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
 
@@ -108,6 +118,7 @@ def shown(stream: TextStream, *, delay: float, file: IO[str] | None = None) -> I
             time.sleep(delay)
 
         yield show
+        stream.finish()
         live.update(Text(stream.text), refresh=True)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import examined
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 
 from nmar_ds.errors import ConfigError, VocabularyError
@@ -29,7 +30,7 @@ from nmar_ds.inference.rendering import Run, as_plain, as_rich, response_text, r
 from nmar_ds.inference.stack import Stack
 from nmar_ds.inference.streaming import TextStream, shown
 from nmar_ds.traces.builders import encode_record
-from nmar_ds.traces.encoding import Tokenizer, train_sentencepiece
+from nmar_ds.traces.encoding import Tokenizer, add_undo, train_sentencepiece
 from nmar_ds.traces.records import Record, TextTurn
 from nmar_ds.traces.reduction import Machine, reduce
 
@@ -267,6 +268,29 @@ def test_unfinished_characters_wait(tmp_path: Path) -> None:
     assert texts == ["s", "s", "s", *["s\u65e5"] * 3, "s\u65e5\u672c", "s\u65e5\u672co"]
 
 
+@pytest.mark.parametrize(
+    ("text", "num_cut"), [("s\u65e5", 1), ("s\u65e5", 0), ("s\ufffd", 0), ("so", 0), ("", 0)]
+)
+def test_the_lines_give_a_last_character_that_stays_unfinished(
+    text: str, num_cut: int, tmp_path: Path
+) -> None:
+    """What waits for more bytes comes in the end as it is, and so does a real U+FFFD."""
+    made = train_sentencepiece(["so the"] * 9, tmp_path, vocab_size=300, byte_fallback=True)
+    ids = made.encode(text, continuation=True).tolist()
+    ids = ids[: len(ids) - num_cut]
+    stack, file = Stack(Machine(made.undo_id)), io.StringIO()
+    prompt = made.encode("the", continuation=False)
+    stream = TextStream(made, prompt, Machine(made.undo_id), np.empty(0, np.int32))
+    with shown(stream, delay=0.0, file=file) as on_event:
+        for token in ids:
+            on_event(0, stack.write(token))
+    changes = [json.loads(line) for line in file.getvalue().splitlines()]
+    assert all(change["append"] for change in changes)
+    written = "".join(change["append"] for change in changes)
+    assert written == response_text(made, prompt, np.array(ids, np.int32)) == stream.text
+    assert num_cut or written == text
+
+
 def test_generate_goes_on_from_a_beginning_and_stops_at_a_text(
     export: Path, tokenizer: Tokenizer
 ) -> None:
@@ -295,6 +319,35 @@ def test_generate_goes_on_from_a_beginning_and_stops_at_a_text(
     assert len(found.reduced) < len(plain.reduced)
 
 
+@pytest.mark.parametrize("prompt", ["", "7. Reverse: sun\n"], ids=["empty", "some"])
+def test_a_beginning_is_encoded_as_in_training(prompt: str, tmp_path: Path) -> None:
+    """After an empty prompt a response starts the text, though BOS stands before it."""
+    texts = [row[key] for row in examined.records(200) for key in ("prompt", "reference")]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_prefix=str(tmp_path / "plain"), vocab_size=60,
+        add_dummy_prefix=True, user_defined_symbols=["\n"], minloglevel=2,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
+    )  # fmt: skip
+    made = add_undo(tmp_path / "plain.model", tmp_path / "undo.model")
+    assert made.has_prefix_space and made.add_bos
+    folder = examined.make_export(tmp_path / "export", made)
+    record = Record(path="x", line=1, turns=(TextTurn(prompt=prompt, reference="sun mat"),))
+    (turn,) = encode_record(record, made).turns
+    found = generate(
+        load_model(folder), made, read_settings(folder), prompt, begun="sun mat", max_new_tokens=1,
+        undo_mode="ban",
+    )  # fmt: skip
+    forced = found.decoded.raw_ids[: found.decoded.num_forced]
+    assert forced.tolist() == turn.reference_ids[:-1].tolist()
+    assert found.reduced.startswith("sun mat")
+
+
+def test_a_beginning_that_cannot_be_spelled_is_named(export: Path, tokenizer: Tokenizer) -> None:
+    settings, model = read_settings(export), load_model(export)
+    with pytest.raises(VocabularyError, match=r"^begun: .*lacks the characters"):
+        generate(model, tokenizer, settings, "7.", begun="\N{SNOWMAN}", max_new_tokens=1)
+
+
 @pytest.mark.parametrize("stop_texts", [(), ("nowhere to be found",)], ids=["plain", "stopped"])
 def test_generate_never_writes_a_row_that_is_no_token(
     stop_texts: tuple[str, ...], export: Path, tokenizer: Tokenizer
@@ -311,12 +364,14 @@ def test_generate_never_writes_a_row_that_is_no_token(
         assert len(ids) == 30 and ids.max() < tokenizer.size and tokenizer.eos_id not in ids
 
 
+@pytest.mark.parametrize("begun", ["", "sun mat"])
 def test_launcher_streams_lines_that_add_up(
-    export: Path, capsys: pytest.CaptureFixture[str]
+    begun: str, export: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main = runpy.run_path(str(LAUNCHER))["main"]
     common = ["--model", str(export), "--prompt", "7. Reverse: sun\n", "--max-new-tokens", "40",
-              "--temperature", "2", "--seed", "4", "--tabu", "--max-revisits", "5"]  # fmt: skip
+              "--temperature", "2", "--seed", "4", "--tabu", "--max-revisits", "5",
+              "--begun", begun, "--undo-bias", "2"]  # fmt: skip
     assert main([*common, "--show", "reduced"]) == 0
     wanted = capsys.readouterr().out
     assert main([*common, "--stream"]) == 0
@@ -326,6 +381,8 @@ def test_launcher_streams_lines_that_add_up(
         text = text[: len(text) - change.get("retract", 0)] + change.get("append", "")
         num_retracts += "retract" in change
     assert text + "\n" == wanted and num_retracts > 0
+    if begun:
+        assert not text.startswith(begun), "the beginning was undone too"
     with pytest.raises(SystemExit):
         main([*common, "--delay", "1"])
 
