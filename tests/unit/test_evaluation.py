@@ -673,6 +673,20 @@ def test_launcher_refuses_in_one_line_before_torch(
     assert words in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("option", ["--temperature", "--vote-temperature"])
+@pytest.mark.parametrize("value", ["inf", "nan", "-1", "1e-40", "1e39"])
+def test_launcher_refuses_temperatures_that_nothing_can_be_drawn_at(
+    option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the examination: its decodes, and the vote after them, would be lost."""
+    main = runpy.run_path(str(LAUNCHER))["main"]
+    with pytest.raises(SystemExit) as caught:
+        main(["--model", "x", "--heldout", "y", "--output", "z", f"{option}={value}"])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert f"error: {option} must be " in error and "0.0001 to 10000" in error
+
+
 def test_the_page_defines_every_measure() -> None:
     page = (LAUNCHER.parents[1] / "docs" / "evaluation.md").read_text("utf-8")
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
