@@ -7,8 +7,10 @@
 
 `first` takes the first records of a file. `wrong` marks errors in worked sums ("7-9=-2, -2+8=6"):
 each result is, with probability `share`, first written as one of `choices` wrong values, all
-equally likely. So an error has, given its place, an entropy of exactly log2(choices) bits. `steps`
-writes dependency arithmetic. The same arguments give the same bytes.
+equally likely: given which result is wrong, its value has an entropy of exactly log2(choices) bits.
+The deviation written begins at the first character that differs; given that place, which tells
+something of the value, its entropy is lower. `steps` writes dependency arithmetic. The same
+arguments give the same bytes.
 """
 
 from __future__ import annotations
