@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-NORM_BLOCK = 1 << 18  # elements: 2 MB in float64, which a core's cache holds
+from nmar_ds.training.estimate import NORM_BLOCK
 
 
 def keep_freed_memory() -> None:

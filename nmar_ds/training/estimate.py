@@ -28,6 +28,9 @@ from nmar_ds.training.planning import RunPlan
 from nmar_ds.training.run_folder import checkpoint_bytes
 
 FP32, FP64 = 4, 8
+# Elements of which a CPU takes the gradient's norm at once: 2 MB in float64, which a core's cache
+# holds. It stands here and not in cpu_step because this module imports no torch.
+NORM_BLOCK = 1 << 18
 PEAK_TFLOPS = 989.0  # dense bfloat16 of an H100 or H200 SXM, by its data sheet
 MFU = 0.4
 
@@ -122,8 +125,7 @@ def step_bytes(config: RunConfig, pieces: Sequence[tuple[int, int]], device: str
     DeepSpeed copies a sub-group's gradients into one tensor on CUDA; a CPU reads them where they
     lie. AdamW's denominator is one more on CUDA, where torch works on lists of tensors; on a CPU
     it runs fused and forms nothing. Weight decay costs SGD the decayed gradients. The norm comes
-    before all this, in float64: a piece at a time on CUDA, on a CPU 2 MB at a time, which do not
-    count.
+    before all this, in float64: a piece at a time on CUDA, on a CPU `NORM_BLOCK` elements.
 
     Args:
         config: of the run; its optimizer does not live in host memory.
@@ -138,7 +140,7 @@ def step_bytes(config: RunConfig, pieces: Sequence[tuple[int, int]], device: str
     else:
         formed = 1 if config.optimizer.weight_decay else 0
     copied = 0 if device == "cpu" else 1
-    norm = 0 if device == "cpu" else FP64 * largest
+    norm = FP64 * (min(largest, NORM_BLOCK) if device == "cpu" else largest)
     return max(FP32 * group * (copied + formed), norm)
 
 

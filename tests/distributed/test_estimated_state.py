@@ -79,9 +79,7 @@ def test_a_step_forms_what_is_reckoned(
     expected = memory_of(config, shape, world_size=2, device=device).step - bucket
     case = {"dtype": "float32", **case, "zero": zero}
     for seen in two_ranks.run(step_run, keys=WIDE, vocab=VOCAB, as_on_cuda=as_on_cuda, **case):
-        if expected == 0:
-            assert seen < 4 * shape.num_weights / 2 / 2  # blocks of the norm, far from a copy
-        elif "sub_group_size" in zero:
+        if "sub_group_size" in zero and as_on_cuda:
             assert 0.7 * expected < seen < 1.01 * expected  # where a sub-group may end at the worst
         else:
             assert seen == pytest.approx(expected, rel=0.02)
