@@ -369,9 +369,16 @@ class Side:
             self.processes.append(process)
 
     def tell(self, message: Any) -> None:
-        """To all ranks."""
-        for pipe in self.pipes:
-            pipe.send(message)
+        """To all ranks.
+
+        Raises:
+            Gone: a process has ended.
+        """
+        try:
+            for pipe in self.pipes:
+                pipe.send(message)
+        except BrokenPipeError:
+            raise self._gone() from None
 
     def hear(self) -> list[Any]:
         """From all ranks, in order.
@@ -382,10 +389,12 @@ class Side:
         try:
             return [pipe.recv() for pipe in self.pipes]
         except (EOFError, ConnectionResetError):
-            for process in self.processes:
-                process.join(5)
-            codes = [process.exitcode for process in self.processes]
-            raise Gone(f"ended with exit codes {codes}") from None
+            raise self._gone() from None
+
+    def _gone(self) -> Gone:
+        for process in self.processes:
+            process.join(5)
+        return Gone(f"ended with exit codes {[process.exitcode for process in self.processes]}")
 
     def step(self) -> tuple[float, list[float]]:
         """One optimizer step: the slowest rank's seconds, and the ranks' losses."""
