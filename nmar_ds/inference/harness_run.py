@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nmar_ds.errors import ConfigError, NmarError
-from nmar_ds.inference.harness_tasks import check_documents, find_tasks, load_tasks
+from nmar_ds.inference.harness_tasks import check_documents, find_tasks, load_tasks, unreadable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,8 +82,7 @@ def run_harness(run: HarnessRun) -> dict[str, Any]:
     except NmarError:
         raise
     except OSError as error:
-        line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"--tasks: {line}, expected data that can be read here") from None
+        raise unreadable(error) from None
     except Exception:
         check_documents(manager, loaded, run.limit)  # raises where a task is the cause
         raise

@@ -46,9 +46,8 @@ def load_tasks(manager: Any, names: Sequence[str]) -> Any:
     """
     try:
         loaded = manager.load(list(names))
-    except OSError as error:  # data sets that are not here, with or without a network
-        line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"--tasks: {line}, expected data that can be read here") from None
+    except OSError as error:
+        raise unreadable(error) from None
     except Exception as error:
         # Whatever lm-eval or the data's reader raises: nothing but tasks has been touched yet.
         raise _named(manager, names, error) from error
@@ -60,6 +59,12 @@ def load_tasks(manager: Any, names: Sequence[str]) -> Any:
                     "one that lm-eval has"
                 )
     return loaded
+
+
+def unreadable(error: OSError) -> ConfigError:
+    """The line for data sets that are not here, with or without a network."""
+    line = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ConfigError(f"--tasks: {line}, expected data that can be read here")
 
 
 def check_documents(manager: Any, loaded: Any, limit: int | None) -> None:
