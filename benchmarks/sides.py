@@ -1,7 +1,8 @@
 """Two sides that train the same model on the same packed traces: this package, and TRL.
 
 Each side lives in processes of its own and takes one optimizer step when told to, so that steps of
-both can be taken in turns. TRL's trainer runs unmodified: a callback waits at the beginning of a
+both can be taken in turns; sides that do not fit in memory together take all their steps apart, one
+after the other, twice over. TRL's trainer runs unmodified: a callback waits at the beginning of a
 step and tells its time at the end (its data loading and logging are outside). Our time includes the
 making of the batch. Both sides: AdamW, learning rate 1e-4, no decay, clipping at 1, one row per
 micro-batch; no activation checkpointing, unless `recomputes` leaves it to TRL, whose default it is.
@@ -10,16 +11,19 @@ The loss is the mean over trained tokens.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import re
 import socket
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import data  # noqa: E402
 
+ROUNDS = 2  # of sides that do not fit in memory together
 NUM_TRACES = 1000  # one batch of TRL's packer
 LEARNING_RATE = 1e-4
 TINY = {
@@ -402,6 +407,16 @@ class Side:
         answers = self.hear()
         return max(seconds for seconds, _ in answers), [loss for _, loss in answers]
 
+    def peak_bytes(self) -> int:
+        """The most resident memory that each process has had, summed; 0 for one that has ended."""
+        peak = 0
+        for process in self.processes:
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                status = Path(f"/proc/{process.pid}/status").read_text("utf-8")
+                found = re.search(r"VmHWM:\s*(\d+) kB", status)  # missing where it has just ended
+                peak += int(found[1]) * 1024 if found else 0
+        return peak
+
     def close(self) -> None:
         """End what still runs."""
         for pipe in self.pipes:
@@ -418,47 +433,98 @@ def job_of(model: str, place: str, **settings: Any) -> dict[str, Any]:
     job = {
         "model": str(folder), "folder": place, "dtype": "float32", "autocast": False,
         "accumulation": 1, "threads": None, "recomputes": False, "deepspeed": None,
+        "world_size": 1,
         "vocab": TINY["vocab_size"] if model == "tiny" else 49_152, **settings,
     }  # fmt: skip
-    job["rows"] = job["steps"] * job["accumulation"] * job.get("world_size", 1)
+    job["rows"] = job["steps"] * job["accumulation"] * job["world_size"]
     return job
 
 
-def race(model: str, *, world_size: int = 1, **settings: Any) -> dict[str, Any]:
-    """Steps of both sides in turns; the first of each is not timed."""
+class Turn(NamedTuple):
+    """One optimizer step of one side."""
+
+    side: str
+    step: int  # 0-based
+    tokens: int  # not padding, of all ranks
+    seconds: float
+    losses: list[float]  # by rank
+    peak_bytes: int
+
+
+def start_trl(job: dict[str, Any]) -> tuple[Side, list[Row]]:
+    """Its processes, and the rows that it packed."""
+    side = Side(trl_worker, job, job["world_size"])
+    return side, side.hear()[0]
+
+
+def start_ours(job: dict[str, Any], rows: list[Row]) -> Side:
+    """Our processes, ready for their first step."""
+    side = Side(ours_worker, job, job["world_size"])
+    side.tell(rows)
+    side.hear()
+    return side
+
+
+def take(name: str, side: Side, job: dict[str, Any], rows: list[Row], step: int) -> Turn:
+    """One step of a side."""
+    num = job["accumulation"] * job["world_size"]
+    tokens = sum(len(ids) for ids, _, _ in rows[step * num : (step + 1) * num])
+    seconds, losses = side.step()
+    return Turn(name, step, tokens, seconds, losses, side.peak_bytes())
+
+
+def in_turns(job: dict[str, Any]) -> Iterator[Turn]:
+    """A step of each, and the next of each; both stay in memory."""
+    with contextlib.ExitStack() as running:
+        theirs, rows = start_trl(job)
+        running.callback(theirs.close)
+        ours = start_ours(job, rows)
+        running.callback(ours.close)
+        for step in range(job["steps"]):
+            for name, side in (("trl", theirs), ("ours", ours)):
+                yield take(name, side, job, rows, step)
+
+
+def apart(job: dict[str, Any]) -> Iterator[Turn]:
+    """All steps of one side, then the same of the other, `ROUNDS` times; one side in memory."""
+    for _ in range(ROUNDS):
+        theirs, rows = start_trl(job)
+        with contextlib.closing(theirs):
+            for step in range(job["steps"]):
+                yield take("trl", theirs, job, rows, step)
+        with contextlib.closing(start_ours(job, rows)) as ours:
+            for step in range(job["steps"]):
+                yield take("ours", ours, job, rows, step)
+
+
+def race(
+    model: str, *, world_size: int = 1, alone: bool = False, **settings: Any
+) -> dict[str, Any]:
+    """Steps of both sides, `apart` where one is to be alone in memory; first ones are not timed."""
+    seconds: dict[str, list[float]] = {"ours": [], "trl": []}
+    losses: dict[str, list[float]] = {"ours": [], "trl": []}
+    rates: dict[str, list[float]] = {"ours": [], "trl": []}
+    peaks: dict[str, int] = {}
+    found: dict[str, Any] = {"order": apart.__name__ if alone else in_turns.__name__}
     with tempfile.TemporaryDirectory(prefix="sides-") as place:
         job = job_of(model, place, world_size=world_size, **settings)
-        theirs = Side(trl_worker, job, world_size)
-        rows = theirs.hear()[0]
-        ours = Side(ours_worker, job, world_size)
-        ours.tell(rows)
-        ours.hear()
-        seconds: dict[str, list[float]] = {"ours": [], "trl": []}
-        losses: dict[str, list[float]] = {"ours": [], "trl": []}
-        tokens = [len(ids) for ids, _, _ in rows]
-        num = job["accumulation"] * world_size
-        rates: dict[str, list[float]] = {"ours": [], "trl": []}
-        found: dict[str, Any] = {"tokens": tokens}
         try:
-            for step in range(job["steps"]):
-                for name, side in (("trl", theirs), ("ours", ours)):
-                    took, loss = side.step()
-                    # our ranks' losses are shares of the whole; TRL's is reduced already
-                    losses[name].append(sum(loss) if name == "ours" else loss[0])
-                    if step:
-                        seconds[name].append(took)
-                        rates[name].append(sum(tokens[step * num : (step + 1) * num]) / took)
-                print(step, {k: v[-1:] for k, v in seconds.items()},
-                      {k: v[-1] for k, v in losses.items()}, flush=True)  # fmt: skip
+            for turn in (apart if alone else in_turns)(job):
+                name = turn.side
+                # our ranks' losses are shares of the whole; TRL's is reduced already
+                losses[name].append(sum(turn.losses) if name == "ours" else turn.losses[0])
+                peaks[name] = max(turn.peak_bytes, peaks.get(name, 0))
+                if turn.step:
+                    seconds[name].append(turn.seconds)
+                    rates[name].append(turn.tokens / turn.seconds)
+                print(turn, flush=True)
         except Gone as gone:
             found["ended"] = str(gone)
-        finally:
-            ours.close()
-            theirs.close()
     if all(rates.values()):
         found["tokens per second"] = {k: statistics.median(v) for k, v in rates.items()}
         pairs = zip(rates["ours"], rates["trl"], strict=False)
         found["ratio"] = statistics.median(a / b for a, b in pairs)
         first = [losses[k][0] for k in ("ours", "trl")]
         found["first loss, relative difference"] = abs(first[0] - first[1]) / abs(first[1])
+    found["peak GB, all ranks"] = {name: peak / 1e9 for name, peak in peaks.items()}
     return found | {"seconds": seconds, "losses": losses}
