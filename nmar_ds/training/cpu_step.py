@@ -1,4 +1,4 @@
-"""What a step on CPUs need not do: clear memory it had a moment ago, and copy its gradients about.
+"""What a step on CPUs need not do: clear memory it had a moment ago, copy or send gradients twice.
 
 DeepSpeed's optimizer moves gradients as suits a GPU, whose memory is a hundred times as fast. On
 a CPU a pass over the gradients of a small model is some percent of its step, and one through fresh
@@ -72,3 +72,22 @@ def flatten_in_place(zero: Any) -> None:
         return tensors[0].as_strided((total,), (1,))
 
     zero.flatten = in_place
+
+
+def sum_gradients_by_exchange(coalesced_collectives: Any, comm: Any) -> None:
+    """Let DeepSpeed's module of that name sum gradients over gloo with half the traffic.
+
+    gloo has no reduce-scatter: torch reduces the whole buffer on every rank, in a copy, and drops
+    what belongs to others. Here every rank is sent its own part alone and adds up what came, in
+    order of rank.
+    """
+
+    def exchange(whole: torch.Tensor, part: torch.Tensor, group: Any = None) -> None:
+        world_size = comm.get_world_size(group)
+        if world_size == 1 and part.data_ptr() == whole.data_ptr():
+            return  # it is its own sum
+        received = torch.empty_like(whole)
+        comm.all_to_all_single(received, whole, group=group)
+        torch.sum(received.view(world_size, -1), dim=0, out=part)
+
+    coalesced_collectives._torch_reduce_scatter_fn = exchange

@@ -31,7 +31,12 @@ from nmar_ds.errors import (
     SaveError,
 )
 from nmar_ds.files import about
-from nmar_ds.training.cpu_step import flatten_in_place, keep_freed_memory, take_norms_in_blocks
+from nmar_ds.training.cpu_step import (
+    flatten_in_place,
+    keep_freed_memory,
+    sum_gradients_by_exchange,
+    take_norms_in_blocks,
+)
 from nmar_ds.training.nodes import choose_interface, meet
 from nmar_ds.training.plain_data import not_plain_data
 from nmar_ds.training.ranks import Ranks, own_cpus, threads_per_rank
@@ -48,6 +53,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepsp
 
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
+from deepspeed.runtime.comm import coalesced_collectives  # noqa: E402
 from deepspeed.runtime.fp16.loss_scaler import LossScaler  # noqa: E402
 from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
@@ -92,6 +98,7 @@ def start_process_group(
         device = torch.device("cpu")
         backend = "gloo"
         keep_freed_memory()
+        sum_gradients_by_exchange(coalesced_collectives, deepspeed.comm)
         choose_interface(os.environ, ranks)
         # Compiled with g++ at every first start, and serves inference only. The whole table is put
         # in its place: reading it makes DeepSpeed probe every extension, with compilers.

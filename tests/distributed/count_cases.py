@@ -95,3 +95,25 @@ def last_gradients() -> dict[str, Any]:
         "largest norm block": max(blocks),
         "moved": max(float((after[name] - before[name]).abs().max()) for name in after),
     }  # fmt: skip
+
+
+def sums_beside_gloo() -> dict[str, Any]:
+    """DeepSpeed's sums of gradients beside torch's own reduce-scatter, bit for bit. Collective."""
+    from deepspeed.runtime.comm import coalesced_collectives
+
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(rank)
+    equal = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for sizes in ([6], [7], [1, 1, 1], [40_000, 3, 1001]):  # odd ones are padded
+            tensors = [torch.randn(size, generator=generator).to(dtype) for size in sizes]
+            expected = []
+            for tensor in tensors:
+                whole = torch.zeros(-(-len(tensor) // world_size) * world_size, dtype=dtype)
+                whole[: len(tensor)] = tensor / world_size
+                part = torch.empty(len(whole) // world_size, dtype=dtype)
+                dist.reduce_scatter_tensor(part, whole)
+                expected.append(part[: max(0, len(tensor) - rank * len(part))])
+            found = coalesced_collectives.reduce_scatter_coalesced(tensors)
+            equal.append(all(torch.equal(*pair) for pair in zip(found, expected, strict=True)))
+    return {"equal": equal}
