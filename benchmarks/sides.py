@@ -280,9 +280,12 @@ def plain_worker(pipe: Connection, job: dict[str, Any], env: dict[str, str]) -> 
     """Our model and loss without an engine: one process, gradients summed, clipped, AdamW."""
     os.environ.update(env)
     os.environ["DS_ACCELERATOR"] = "cpu"
-    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # as our other side has it
+    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # memory as our other side has it
     import torch
 
+    from nmar_ds.training.cpu_step import keep_freed_memory
+
+    keep_freed_memory()
     if job["threads"]:
         torch.set_num_threads(job["threads"])
     step_of = plain_step(job, pipe.recv())

@@ -33,6 +33,7 @@ from nmar_ds.errors import (
 from nmar_ds.files import about
 from nmar_ds.training.cpu_step import (
     flatten_in_place,
+    gather_weights_by_exchange,
     keep_freed_memory,
     sum_gradients_by_exchange,
     take_norms_in_blocks,
@@ -55,6 +56,7 @@ import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
 from deepspeed.runtime.comm import coalesced_collectives  # noqa: E402
 from deepspeed.runtime.fp16.loss_scaler import LossScaler  # noqa: E402
+from deepspeed.runtime.zero import partition_parameters  # noqa: E402
 from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 from deepspeed.utils import set_z3_leaf_modules  # noqa: E402
@@ -99,6 +101,7 @@ def start_process_group(
         backend = "gloo"
         keep_freed_memory()
         sum_gradients_by_exchange(coalesced_collectives, deepspeed.comm)
+        gather_weights_by_exchange(partition_parameters, torch.distributed)
         choose_interface(os.environ, ranks)
         # Compiled with g++ at every first start, and serves inference only. The whole table is put
         # in its place: reading it makes DeepSpeed probe every extension, with compilers.

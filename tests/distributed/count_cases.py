@@ -17,6 +17,7 @@ from nmar_ds.training.loop import forward_arguments
 NAMES = ("all_gather_into_tensor", "all_gather", "reduce_scatter_tensor", "reduce_scatter",
          "all_reduce", "broadcast", "barrier", "reduce", "gather", "scatter", "send", "recv",
          "all_to_all", "all_to_all_single")  # fmt: skip
+MESSAGES = ("isend", "irecv")  # torch's, not through DeepSpeed
 
 
 def collectives(*, idle_rank: int | None = None, num_micro_batches: int = 6) -> dict[str, Any]:
@@ -44,8 +45,11 @@ def collectives(*, idle_rank: int | None = None, num_micro_batches: int = 6) -> 
         if hasattr(backend, name):
             plain[name] = getattr(backend, name)
             setattr(backend, name, counting(name))
+    plain |= {name: getattr(dist, name) for name in MESSAGES}
     counts, losses = [], []
     try:
+        for name in MESSAGES:
+            setattr(dist, name, counting(name))
         tiny.engine.train()
         for batch in tiny.loader.batches_of_step(0)[: num_micro_batches - 1]:
             seen.clear()
@@ -57,7 +61,10 @@ def collectives(*, idle_rank: int | None = None, num_micro_batches: int = 6) -> 
             losses.append(float(result.loss_sum.detach()))
     finally:
         for name in plain:
-            delattr(backend, name)
+            if name in MESSAGES:
+                setattr(dist, name, plain[name])
+            else:
+                delattr(backend, name)
     return {"counts": counts, "losses": losses}
 
 
@@ -117,3 +124,26 @@ def sums_beside_gloo() -> dict[str, Any]:
             found = coalesced_collectives.reduce_scatter_coalesced(tensors)
             equal.append(all(torch.equal(*pair) for pair in zip(found, expected, strict=True)))
     return {"equal": equal}
+
+
+def gathers_beside_gloo() -> dict[str, Any]:
+    """DeepSpeed's gathers of weights beside torch's own, several on their way. Collective."""
+    from deepspeed.runtime.zero import partition_parameters
+
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(rank)
+    waiting, expected = [], []
+    for dtype in (torch.float32, torch.bfloat16):
+        for size in (1, 7, 100_003, 3):
+            part = torch.randn(size, generator=generator).to(dtype)
+            whole, gathered = (torch.full((world_size * size,), 7.0, dtype=dtype) for _ in "12")
+            dist.all_gather_into_tensor(gathered, part)
+            expected.append(gathered)
+            if size == 7:  # it may lie in its place already
+                part = whole.narrow(0, rank * size, size).copy_(part)
+            handle = partition_parameters._dist_allgather_fn(part, whole, dist.group.WORLD)
+            waiting.append((handle, whole))
+    for handle, _ in waiting:
+        handle.wait()
+    pairs = zip(waiting, expected, strict=True)
+    return {"equal": [torch.equal(found, one) for (_, found), one in pairs]}

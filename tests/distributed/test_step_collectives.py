@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from count_cases import collectives, last_gradients, sums_beside_gloo
+from count_cases import collectives, gathers_beside_gloo, last_gradients, sums_beside_gloo
 from pool import RankPool
 
 
@@ -15,10 +15,10 @@ def test_ranks_make_the_same_collectives_whatever_they_train(two_ranks: RankPool
     counts = [run["counts"] for run in (*both, *one_idle)]
     assert all(one == counts[0] for one in counts)
     # DeepSpeed learns the order in the first two; then what is gathered stays until the step
-    expected = {"all_gather_into_tensor": 1, "all_to_all_single": 1}
+    expected = {"isend": 1, "irecv": 1, "all_to_all_single": 1}
     assert counts[0][2:] == [expected] * 3
     # each layer whole, twice at most: embedding, two layers, the last norm, head
-    assert counts[0][0]["all_gather_into_tensor"] <= 10
+    assert counts[0][0]["isend"] == counts[0][0]["irecv"] <= 10
 
 
 def test_the_optimizer_reads_the_gradients_where_they_lie(two_ranks: RankPool) -> None:
@@ -31,4 +31,9 @@ def test_the_optimizer_reads_the_gradients_where_they_lie(two_ranks: RankPool) -
 
 def test_sums_by_exchange_are_those_of_a_reduce_scatter(two_ranks: RankPool) -> None:
     for run in two_ranks.run(sums_beside_gloo):
+        assert len(run["equal"]) == 8 and all(run["equal"])
+
+
+def test_weights_by_exchange_are_those_of_an_all_gather(two_ranks: RankPool) -> None:
+    for run in two_ranks.run(gathers_beside_gloo):
         assert len(run["equal"]) == 8 and all(run["equal"])
