@@ -36,7 +36,8 @@ def merge(
             "python": platform.python_version(),
             **{one: version(one) for one in packages},
         },
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, shared with other work",
+        "machine": f"{platform.machine()} with {instruction_set()}, {os.cpu_count()} cores, "
+        "shared with other work",
     }
     kept |= {row: stamp | figures for row, figures in rows.items()}
     # benchmarks do not wait for a whole file to be right, but a torn one would lose other rows
@@ -45,6 +46,13 @@ def merge(
     table = {"caveat": CAVEAT, "goals": goals, "rows": dict(sorted(kept.items()))}
     write_atomically(path, json.dumps(table, indent=1) + "\n")
     return kept
+
+
+def instruction_set() -> str:
+    """What torch's kernels use of this CPU, as AVX2 or AVX512: ratios differ between the two."""
+    import torch
+
+    return str(torch.backends.cpu.get_cpu_capability())
 
 
 def verdict(seen: float, goal: float, *, at_least: bool) -> str:
