@@ -7,12 +7,14 @@ that one comes later, and changes nothing. No torch here.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from nmar_ds.errors import DivergenceError, HangError, NmarError
 
 OUTCOME = "outcome"
+PASS_ON_SECONDS = 1.0  # for srun to pass on a failing rank's last lines
 ENDS = ("complete", "interrupted", "stopped", "diverged", "hang", "refused", "failed")
 
 
@@ -51,10 +53,12 @@ def leave_exit_code(code: int, environ: Mapping[str, str]) -> None:
     """Leave this rank's code where slurm/lib.sh looks.
 
     srun reports the highest code of all ranks, and ranks it kills after the first failure have
-    higher ones.
+    higher ones. It ends a step at the first failure, and on a busy node before it has passed on
+    what the ranks wrote last: a failing rank gives it a second for that.
     """
     if code and environ.get("NMAR_EXIT_CODES"):
         Path(environ["NMAR_EXIT_CODES"], str(code)).touch()
+        time.sleep(PASS_ON_SECONDS)
 
 
 def clear(output: Path) -> None:
