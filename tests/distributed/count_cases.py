@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from typing import Any
 from unittest import mock
@@ -32,24 +33,21 @@ def collectives(*, idle_rank: int | None = None, num_micro_batches: int = 6) -> 
     tiny = tiny_run(tied=False, global_rows=2 * num_micro_batches, num_traces=200)
     weights = np.array([0.0, 1.0, 0.0, 1.0, 1.0]) * (dist.get_rank() != idle_rank)
     seen: Counter[str] = Counter()
-    backend, plain = comm.cdb, {}
 
-    def counting(name: str) -> Any:
+    def counting(name: str, plain: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             seen[name] += 1
-            return plain[name](*args, **kwargs)
+            return plain(*args, **kwargs)
 
         return call
 
-    for name in NAMES:
-        if hasattr(backend, name):
-            plain[name] = getattr(backend, name)
-            setattr(backend, name, counting(name))
-    plain |= {name: getattr(dist, name) for name in MESSAGES}
     counts, losses = [], []
-    try:
-        for name in MESSAGES:
-            setattr(dist, name, counting(name))
+    with contextlib.ExitStack() as counted:
+        for place, names in ((comm.cdb, NAMES), (dist, MESSAGES)):
+            for name in names:
+                if hasattr(place, name):
+                    call = counting(name, getattr(place, name))
+                    counted.enter_context(mock.patch.object(place, name, call))
         tiny.engine.train()
         for batch in tiny.loader.batches_of_step(0)[: num_micro_batches - 1]:
             seen.clear()
@@ -59,12 +57,6 @@ def collectives(*, idle_rank: int | None = None, num_micro_batches: int = 6) -> 
             tiny.engine.step()
             counts.append(dict(seen))
             losses.append(float(result.loss_sum.detach()))
-    finally:
-        for name in plain:
-            if name in MESSAGES:
-                setattr(dist, name, plain[name])
-            else:
-                delattr(backend, name)
     return {"counts": counts, "losses": losses}
 
 
