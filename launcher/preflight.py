@@ -17,6 +17,7 @@ from pathlib import Path
 
 from nmar_ds.acceptance.judgement import Limits
 from nmar_ds.errors import LaunchError, NmarError, PeerLostError
+from nmar_ds.training.outcome import end_process
 from nmar_ds.training.ranks import complete_environment, discover_ranks
 
 LIMITS = {
@@ -96,8 +97,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    exit_code = main()
-    # As in train.py: native threads have been seen to abort the interpreter while it shuts down.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code)
+    end_process(main())

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from nmar_ds.acceptance.verdict import PHASES, conclude
 from nmar_ds.errors import LaunchError, NmarError
+from nmar_ds.training.outcome import end_process
 from nmar_ds.training.ranks import complete_environment, discover_ranks
 
 
@@ -110,8 +111,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    exit_code = main()
-    # As in train.py: native threads have been seen to abort the interpreter while it shuts down.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code)
+    end_process(main())

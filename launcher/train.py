@@ -17,7 +17,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from nmar_ds.errors import LaunchError, NmarError
-from nmar_ds.training.outcome import leave_exit_code
+from nmar_ds.training.outcome import end_process, leave_exit_code
 from nmar_ds.training.ranks import Ranks, complete_environment, discover_ranks
 from nmar_ds.training.stopping import Launcher, end_at_once_on_interrupt
 
@@ -139,10 +139,5 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     exit_code = main()
-    # Everything is saved and closed. Native threads of the communication libraries have been seen
-    # to abort the interpreter while it shuts down, which would turn a finished run into a failed
-    # job; so it is not shut down.
-    sys.stdout.flush()
-    sys.stderr.flush()
     leave_exit_code(exit_code, os.environ)
-    os._exit(exit_code)
+    end_process(exit_code)

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 
 from nmar_ds.errors import LaunchError, NmarError
+from nmar_ds.training.outcome import end_process
 from nmar_ds.training.ranks import complete_environment, discover_ranks
 
 NUM_RANKS = 2
@@ -121,8 +122,4 @@ def _rank(file: Path, timeout_seconds: int) -> int:
 
 
 if __name__ == "__main__":
-    result = _rank(Path(sys.argv[1]), int(sys.argv[2]))
-    # As in launcher/train.py: native threads may abort the interpreter while it shuts down.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(result)
+    end_process(_rank(Path(sys.argv[1]), int(sys.argv[2])))

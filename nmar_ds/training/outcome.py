@@ -7,9 +7,11 @@ that one comes later, and changes nothing. No torch here.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NoReturn
 
 from nmar_ds.errors import DivergenceError, HangError, NmarError
 
@@ -53,12 +55,25 @@ def leave_exit_code(code: int, environ: Mapping[str, str]) -> None:
     """Leave this rank's code where slurm/lib.sh looks.
 
     srun reports the highest code of all ranks, and ranks it kills after the first failure have
-    higher ones. It ends a step at the first failure, and on a busy node before it has passed on
-    what the ranks wrote last: a failing rank gives it a second for that.
+    higher ones.
     """
     if code and environ.get("NMAR_EXIT_CODES"):
         Path(environ["NMAR_EXIT_CODES"], str(code)).touch()
+
+
+def end_process(code: int) -> NoReturn:
+    """End a rank whose work is saved and closed, with what it has said on its way.
+
+    The interpreter is not shut down: native threads of the communication libraries have been seen
+    to abort it while it is, which would turn a finished run into a failed job. srun ends a step at
+    its first failure, and on a busy node before it has passed on what the ranks wrote last: a
+    failing rank gives it a second for that.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code and "SLURM_STEP_ID" in os.environ:
         time.sleep(PASS_ON_SECONDS)
+    os._exit(code)
 
 
 def clear(output: Path) -> None:
